@@ -1,0 +1,346 @@
+"""Train the embedded model: a small GPT-2 that has learned induction.
+
+One idea: half of every batch is random tokens that repeat, the other half is prose. The
+repeats can only be predicted by copying from context, which is what an induction head does;
+the prose makes it a language model. Once induction is there the share of repeats falls, and
+what is left of the budget goes to the prose.
+
+Run it again with the same ``--out`` and it resumes from its last checkpoint::
+
+    python scripts/train_embedded.py --text train.txt --validation validation.txt \
+        --test test.txt --out embedded-run
+    python scripts/train_embedded.py ... --out embedded-run --export mechinterp/data/embedded
+
+The text of the released model: 21 public-domain children's books, one paragraph a line, books
+separated by ``<|endofbook|>`` (mlschmitt/classic-books-markdown at commit 9448827).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+BOS = "<|endoftext|>"
+BOOK = "<|endofbook|>"
+VOCABULARY = 3072
+SEED = 0
+
+
+def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer of ``VOCABULARY`` tokens learned on ``text``."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[BOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.replace(BOOK, "").splitlines(keepends=True), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, model_max_length=512
+    )
+
+
+def build_model() -> GPT2LMHeadModel:
+    """Return the untrained model: GPT-2, 4 layers, 8 heads, width 256, context 512."""
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=512,
+        n_embd=256,
+        n_layer=4,
+        n_head=8,
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPT2LMHeadModel(config)
+
+
+class Prose:
+    """Token stream of a text, sampled in windows that start at a paragraph."""
+
+    def __init__(self, text: str, tokenizer: PreTrainedTokenizerFast) -> None:
+        paragraphs = [p + "\n" for p in text.replace(BOOK, "").split("\n") if p.strip()]
+        encoded = tokenizer(paragraphs, add_special_tokens=False)["input_ids"]
+        self.ids = np.concatenate([np.asarray(p, dtype=np.int64) for p in encoded])
+        ends = np.cumsum([len(p) for p in encoded])
+        self.starts = np.concatenate([[0], ends[:-1]])
+        self.n_bytes = sum(len(p.encode()) for p in paragraphs)
+
+    def batch(self, rows: int, length: int, rng: np.random.Generator) -> np.ndarray:
+        """Return ``rows`` windows of ``length`` tokens, each behind a start token."""
+        possible = self.starts[self.starts < len(self.ids) - length]
+        offsets = rng.choice(possible, rows)
+        windows = np.stack([self.ids[o : o + length - 1] for o in offsets])
+        return np.concatenate([np.zeros((rows, 1), dtype=np.int64), windows], axis=1)
+
+    def all_windows(self, length: int) -> np.ndarray:
+        """Return the whole text as consecutive windows, the last one padded with -1."""
+        stride = length - 1
+        n = math.ceil(len(self.ids) / stride)
+        padded = np.full(n * stride, -1, dtype=np.int64)
+        padded[: len(self.ids)] = self.ids
+        return np.concatenate(
+            [np.zeros((n, 1), dtype=np.int64), padded.reshape(n, stride)], axis=1
+        )
+
+
+def repeats(rows: int, length: int, rng: np.random.Generator) -> np.ndarray:
+    """Return rows of random tokens that repeat with a period drawn log-uniformly from 8 up."""
+    out = np.zeros((rows, length), dtype=np.int64)
+    for row in out:
+        period = int(np.exp(rng.uniform(np.log(8), np.log(length // 2))))
+        segment = rng.integers(1, VOCABULARY, period)
+        row[1:] = np.resize(segment, length - 1)
+    return out
+
+
+@torch.no_grad()
+def copy_losses(model: GPT2LMHeadModel, n: int = 64) -> tuple[float, float]:
+    """Return mean loss (nats) on the first and on the second copy of 64 random tokens."""
+    rng = np.random.default_rng(12345)
+    segment = rng.integers(1, VOCABULARY, (n, 64))
+    ids = torch.from_numpy(
+        np.concatenate([np.zeros((n, 1), np.int64), segment, segment], axis=1)
+    )
+    logits = model(ids).logits[:, :-1]
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    loss = loss.view(n, -1)
+    return loss[:, :64].mean().item(), loss[:, 64:].mean().item()
+
+
+@torch.no_grad()
+def text_loss(model: GPT2LMHeadModel, prose: Prose, length: int, rows: int | None = None):
+    """Return (nats per token, bits per byte) over consecutive windows of the text."""
+    windows = prose.all_windows(length)
+    if rows is not None:
+        windows = windows[:: max(1, len(windows) // rows)]
+    total, count = 0.0, 0
+    for chunk in np.array_split(windows, math.ceil(len(windows) / 16)):
+        ids = torch.from_numpy(chunk)
+        logits = model(ids.clamp(min=0)).logits[:, :-1]
+        targets = ids[:, 1:].flatten()
+        total += F.cross_entropy(
+            logits.flatten(0, 1), targets, ignore_index=-1, reduction="sum"
+        ).item()
+        count += int((targets >= 0).sum())
+    nats = total / count
+    return nats, nats / math.log(2) * len(prose.ids) / prose.n_bytes
+
+
+def kneser_ney_bits_per_byte(train: Prose, test: Prose, order: int = 5) -> float:
+    """Return bits per byte of an interpolated Kneser-Ney model over the same tokens.
+
+    One discount per order, n1 / (n1 + 2 n2); lower orders use continuation counts.
+    Source: Kneser and Ney 1995; the interpolated form of Chen and Goodman 1999.
+    """
+    from collections import defaultdict
+
+    counts: list[dict] = [defaultdict(int) for _ in range(order + 1)]
+    ids = [0] * (order - 1) + train.ids.tolist()
+    for i in range(order - 1, len(ids)):
+        counts[order][tuple(ids[i - order + 1 : i + 1])] += 1
+    for n in range(order - 1, 0, -1):  # continuation counts: how many words precede the n-gram
+        for gram in counts[n + 1]:
+            counts[n][gram[1:]] += 1
+    discount, total, kinds = {}, [], []
+    for n in range(1, order + 1):
+        values = np.fromiter(counts[n].values(), dtype=np.int64)
+        n1, n2 = (values == 1).sum(), (values == 2).sum()
+        discount[n] = n1 / (n1 + 2 * n2)
+        context_total, context_kinds = defaultdict(int), defaultdict(int)
+        for gram, count in counts[n].items():
+            context_total[gram[:-1]] += count
+            context_kinds[gram[:-1]] += 1
+        total.append(context_total)
+        kinds.append(context_kinds)
+    bits = 0.0
+    stream = [0] * (order - 1) + test.ids.tolist()
+    for i in range(order - 1, len(stream)):
+        p = 1 / VOCABULARY
+        for n in range(1, order + 1):
+            gram = tuple(stream[i - n + 1 : i + 1])
+            seen = total[n - 1].get(gram[:-1], 0)
+            if seen == 0:
+                continue
+            d = discount[n]
+            backoff = d * kinds[n - 1][gram[:-1]] / seen
+            p = max(counts[n].get(gram, 0) - d, 0) / seen + backoff * p
+        bits -= math.log2(p)
+    return bits / test.n_bytes
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal by five Newton-Schulz steps, in float32.
+
+    ``torch.optim.Muon`` iterates in bfloat16, which is slow on a CPU without bfloat16 units.
+    The fused query, key and value matrix is treated as three. Source: Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon.
+    """
+
+    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["velocity"] = torch.zeros_like(p)
+                velocity = state["velocity"]
+                velocity.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(velocity, group["momentum"])
+                parts = 3 if p.shape[1] == 3 * p.shape[0] else 1
+                update = torch.cat(
+                    [self.orthogonal(part) for part in update.chunk(parts, dim=1)], dim=1
+                )
+                p.mul_(1 - group["lr"] * 0.01).add_(update, alpha=-group["lr"])
+
+    @staticmethod
+    def orthogonal(x: torch.Tensor) -> torch.Tensor:
+        """Return the nearest semi-orthogonal matrix, roughly, times sqrt(out / in)."""
+        scale = max(1.0, x.shape[1] / x.shape[0]) ** 0.5
+        tall = x.shape[0] > x.shape[1]
+        x = (x.T if tall else x) / (x.norm() + 1e-7)
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        return (x.T if tall else x) * scale
+
+
+def optimizers(model: GPT2LMHeadModel) -> list[torch.optim.Optimizer]:
+    """Return Muon for the blocks' matrices and AdamW for everything else."""
+    matrices = [p for n, p in model.named_parameters() if ".h." in n and p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        Muon(matrices),
+        torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def save_checkpoint(folder: Path, model, optims, step: int, best: float) -> None:
+    """Write the checkpoint beside the old one, then put it in its place."""
+    state = {
+        "model": model.state_dict(),
+        "optims": [o.state_dict() for o in optims],
+        "step": step,
+        "best": best,
+    }
+    torch.save(state, folder / "checkpoint.new")
+    (folder / "checkpoint.new").replace(folder / "checkpoint.pt")
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train, or go on training, until ``args.steps``; write the curve to ``curve.jsonl``."""
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(SEED)
+    text = Path(args.text).read_text(encoding="utf-8")
+    if (out / "tokenizer").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
+    else:
+        tokenizer = train_tokenizer(text)
+        tokenizer.save_pretrained(out / "tokenizer")
+    prose = Prose(text, tokenizer)
+    validation = Prose(Path(args.validation).read_text(encoding="utf-8"), tokenizer)
+    print(f"{len(prose.ids):,} tokens, {prose.n_bytes / len(prose.ids):.2f} bytes a token")
+    model = build_model()
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    optims = optimizers(model)
+    base_rates = [[g["lr"] for g in o.param_groups] for o in optims]
+    step, best = 0, math.inf
+    if (out / "checkpoint.pt").exists():
+        state = torch.load(out / "checkpoint.pt", weights_only=True)
+        model.load_state_dict(state["model"])
+        for o, s in zip(optims, state["optims"], strict=True):
+            o.load_state_dict(s)
+        step, best = state["step"], state["best"]
+        print(f"resumed at step {step}")
+    run = torch.compile(model) if args.compile else model
+    started, tokens = time.time(), 0
+    while step < args.steps:
+        rng = np.random.default_rng([SEED, step])  # the data of a step depend on nothing else
+        done = step / args.steps
+        length = 128 if done < 0.3 else 256 if done < 0.7 else 512
+        rows = args.batch_tokens // length
+        share = 0.5 if done < args.repeats_until else 0.125
+        n_repeat = max(1, round(rows * share))
+        ids = torch.from_numpy(
+            np.concatenate(
+                [repeats(n_repeat, length, rng), prose.batch(rows - n_repeat, length, rng)]
+            )
+        )
+        factor = min(1.0, (step + 1) / 60) * min(1.0, (1 - done) / args.decay)
+        for o, rates in zip(optims, base_rates, strict=True):
+            for group, rate in zip(o.param_groups, rates, strict=True):
+                group["lr"] = rate * max(factor, 0.01)
+        logits = run(ids).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for o in optims:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        step += 1
+        tokens += ids.numel()
+        if step % args.evaluate_every == 0 or step == args.steps:
+            model.eval()
+            first, second = copy_losses(model)
+            nats, bits = text_loss(model, validation, 256, rows=48)
+            record = {
+                "step": step,
+                "train_loss": round(loss.item(), 4),
+                "first_copy": round(first, 4),
+                "second_copy": round(second, 4),
+                "validation_nats": round(nats, 4),
+                "validation_bits_per_byte": round(bits, 4),
+                "tokens_per_second": round(tokens / (time.time() - started)),
+                "seconds": round(time.time() - started),
+            }
+            with (out / "curve.jsonl").open("a") as curve:
+                curve.write(json.dumps(record) + "\n")
+            print(record, flush=True)
+            if first - second > 5 and bits < best:
+                best = bits
+                torch.save(model.state_dict(), out / "best.new")
+                (out / "best.new").replace(out / "best.pt")
+            save_checkpoint(out, model, optims, step, best)
+            model.train()
+
+
+def main() -> None:
+    """Parse the command line; train, then export if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--text", required=True, help="training text")
+    parser.add_argument("--validation", required=True, help="validation text")
+    parser.add_argument("--out", default="embedded-run", help="checkpoints and curve")
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--repeats-until", type=float, default=0.35)
+    parser.add_argument("--decay", type=float, default=0.5, help="share of steps with decay")
+    parser.add_argument("--evaluate-every", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    train(args)
+
+
+if __name__ == "__main__":
+    main()
