@@ -69,11 +69,27 @@ _MODELS: dict[str, tuple[str, str, dict]] = {
         | {"ffn_dim": 64, "word_embed_proj_dim": 32},
     ),
     "falcon": ("FalconForCausalLM", "FalconConfig", _FALCON | {"multi_query": True}),
+    "falcon_grouped": (
+        "FalconForCausalLM",
+        "FalconConfig",
+        _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
     "bert": ("BertForMaskedLM", "BertConfig", _PLAIN),
     "roberta": ("RobertaForMaskedLM", "RobertaConfig", _PLAIN),
+    "bert_classifier": (
+        "BertForSequenceClassification",
+        "BertConfig",
+        _PLAIN | {"num_labels": 3},
+    ),
+    "roberta_classifier": (
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        _PLAIN | {"num_labels": 3},
+    ),
 }
 
-ENCODERS = ["bert", "roberta"]
+CLASSIFIERS = ["bert_classifier", "roberta_classifier"]
+ENCODERS = ["bert", "roberta", *CLASSIFIERS]
 NATIVE = ["native", "native_attn", "native_nonorm", "native_bi"]
 CAUSAL = [name for name in _MODELS if name not in ENCODERS] + NATIVE[:-1]
 HF = list(_MODELS)
@@ -89,9 +105,10 @@ def hf(name: str, dtype: torch.dtype = torch.float32) -> tf.PreTrainedModel:
             getattr(tf, config_class)(**fields), attn_implementation="eager"
         )
         with torch.no_grad():
-            for parameter in module.parameters():
+            for path, parameter in module.named_parameters():
                 if parameter.ndim > 1:
-                    parameter.normal_(std=0.15)
+                    # A classifier reads few numbers, so it needs larger weights.
+                    parameter.normal_(std=1.0 if "classifier" in path else 0.15)
                 else:
                     parameter.add_(0.05 * torch.randn_like(parameter))
     return module.to(dtype).eval()
@@ -119,9 +136,9 @@ def zoo(name: str, dtype: torch.dtype = torch.float32) -> TransformerBridge:
         "native_attn": {
             "attn_only": True,
             "normalization_type": None,
-            "initializer_range": 0.3,
+            "initializer_range": 0.22,
         },
-        "native_nonorm": {"normalization_type": None, "initializer_range": 0.25},
+        "native_nonorm": {"normalization_type": None, "initializer_range": 0.2},
         "native_bi": {"attention_dir": "bidirectional"},
     }[name]
     return load_model(TransformerBridge.boot_native(fields, dtype=dtype))
@@ -137,12 +154,12 @@ _WORDS = (
     "the a and to in of was is are he she it they him her his Mary John Tom Anna Paul Kate "
     "gave went store park school book ball drink key keys man men woman women near by with "
     "France Paris Italy Rome Spain Madrid Japan Tokyo capital said that who saw , . ? !"
-).split()
+)
 
 
 def tokenizer() -> tf.PreTrainedTokenizerFast:
     """One token per word, as many ids as the zoo's models have, no download."""
-    words = ["<pad>", "<bos>", "<eos>", "<unk>", *_WORDS]
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *_WORDS.split()]
     words += [f"w{index}" for index in range(len(words), D_VOCAB)]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -11,6 +11,8 @@ from transformer_lens.model_bridge.sources import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mechinterp.models.adapters import ADAPTERS, register_adapters
+
 
 def wrap(
     module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
@@ -30,6 +32,7 @@ def wrap(
             f"this {architecture} is already wrapped by transformer-lens, which has replaced "
             "its layers. Pass the bridge itself, or the module that mi.unwrap(bridge) returns."
         )
+    register_adapters()
     module.set_attn_implementation("eager")
     bridge = build_bridge_from_module(
         module,
@@ -58,7 +61,8 @@ def check_supported(config: object, architecture: str) -> None:
             f"{architecture} is an encoder-decoder model; mechinterp works on decoder-only "
             "language models and on encoders."
         )
-    if architecture not in SUPPORTED_ARCHITECTURES:
-        near = difflib.get_close_matches(architecture, SUPPORTED_ARCHITECTURES, n=3)
+    known = SUPPORTED_ARCHITECTURES.keys() | ADAPTERS.keys()
+    if architecture not in known:
+        near = difflib.get_close_matches(architecture, known, n=3)
         hint = f" Near: {', '.join(near)}." if near else ""
         raise ValueError(f"transformer-lens has no adapter for {architecture}.{hint}")
