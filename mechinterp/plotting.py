@@ -1,0 +1,184 @@
+"""Pictures of labelled numbers: grids over layers, lines, attention patterns.
+
+Every function draws on one ``Axes`` and returns it. Effects use a red-blue scale that is
+centred on zero and safe for colour-blind readers; amounts (attention) use a scale from white
+to blue. Labels come from the axes of the array, and are thinned where they would collide.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
+
+DIVERGING = "RdBu_r"
+SEQUENTIAL = "Blues"
+# Okabe and Ito's palette, without yellow, which is too light for lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+NOTEBOOK_WIDTH = 9.0  # inches
+_SMALL = 8
+_MOST_TICKS = 36
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of this size in inches.
+
+    In a notebook it is registered with pyplot, so that the cell shows it; elsewhere it is
+    free-standing, needs no display and is freed with its last reference.
+    """
+    ipython = sys.modules.get("IPython")
+    if ipython is not None and ipython.get_ipython() is not None:
+        from matplotlib import pyplot
+
+        return pyplot.figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def new_axes(width: float = 6.0, height: float = 3.2) -> Axes:
+    """Return the axes of a new one-panel figure of this size in inches."""
+    return new_figure(width, height).add_subplot()
+
+
+def token_label(text: str) -> str:
+    """Return a token as it can stand on an axis: visible spaces, no control characters."""
+    shown = text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
+    shown = "".join(c if c.isprintable() and c != "�" else "▯" for c in shown)
+    shown = shown.replace("$", r"\$")  # matplotlib would read a formula
+    return shown if len(shown) <= 14 else shown[:13] + "…"
+
+
+def heat_grid(
+    values: xr.DataArray,
+    *,
+    ax: Axes | None = None,
+    label: str = "",
+    columns: Sequence[str] | None = None,
+    rows: Sequence[str] | None = None,
+    limit: float | None = None,
+) -> Axes:
+    """Draw a signed array with two axes as a grid of colours, first axis upwards.
+
+    ``label`` says what the colours mean, with the unit. ``columns`` and ``rows`` replace the
+    tick labels of the two axes, ``limit`` the largest size on the scale (default: the largest
+    value). NaN is drawn in grey.
+    """
+    row_axis, column_axis = (str(dim) for dim in values.dims)
+    columns = list(columns) if columns is not None else _ticks(values, column_axis)
+    rows = list(rows) if rows is not None else _ticks(values, row_axis)
+    if ax is None:
+        longest = max(map(len, columns), default=1)
+        width = min(NOTEBOOK_WIDTH, max(4.2, 1.8 + 0.32 * len(columns)))
+        height = min(8.0, max(2.4, 1.2 + 0.26 * len(rows))) + 0.05 * min(longest, 14)
+        ax = new_axes(width, height)
+    numbers = np.ma.masked_invalid(np.asarray(values.values, dtype=float))
+    top = limit if limit is not None else _limit(numbers)
+    mesh = ax.pcolormesh(numbers, cmap=DIVERGING, vmin=-top, vmax=top, edgecolors="white")
+    mesh.set_linewidth(0.4 if numbers.size <= 1200 else 0.0)
+    _finish_grid(ax, mesh, label, columns, rows)
+    ax.set_xlabel(_axis_name(values, column_axis))
+    ax.set_ylabel(_axis_name(values, row_axis))
+    return ax
+
+
+def line(
+    values: xr.DataArray,
+    *,
+    low: xr.DataArray | None = None,
+    high: xr.DataArray | None = None,
+    ax: Axes | None = None,
+    label: str = "",
+) -> Axes:
+    """Draw one number per place of a single axis, with a band from ``low`` to ``high``.
+
+    Numbered axes (layers) get a line, named ones (roles) get points. ``label`` is the name of
+    the vertical axis, with the unit.
+    """
+    (axis,) = (str(dim) for dim in values.dims)
+    ticks = _ticks(values, axis)
+    ax = ax if ax is not None else new_axes(min(NOTEBOOK_WIDTH, max(4.2, 2 + 0.3 * len(ticks))))
+    x = np.arange(len(ticks))
+    y = np.asarray(values.values, dtype=float)
+    ordered = values[axis].dtype.kind in "iu"
+    ax.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    ax.plot(x, y, marker="o", markersize=4, color=COLOURS[0], linestyle="-" if ordered else "")
+    if low is not None and high is not None:
+        bottom, top = low.values.astype(float), high.values.astype(float)
+        if ordered:
+            ax.fill_between(x, bottom, top, color=COLOURS[0], alpha=0.2, linewidth=0)
+        else:
+            ax.vlines(x, bottom, top, color=COLOURS[0], linewidth=1.5)
+    _set_ticks(ax, "x", x, ticks)
+    ax.set_xlim(-0.5, len(ticks) - 0.5)
+    ax.set_xlabel(_axis_name(values, axis))
+    ax.set_ylabel(label)
+    _open_frame(ax)
+    return ax
+
+
+def attention_pattern(
+    pattern: Float[np.ndarray, "query_pos key_pos"],
+    tokens: Sequence[str] | None = None,
+    *,
+    ax: Axes | None = None,
+    title: str = "",
+) -> Axes:
+    """Draw one head's attention, queries downwards and keys to the right, white 0 to blue 1."""
+    labels = [token_label(t) for t in tokens] if tokens is not None else None
+    n_query, n_key = pattern.shape
+    columns = labels if labels is not None else [str(i) for i in range(n_key)]
+    rows = labels if labels is not None else [str(i) for i in range(n_query)]
+    ax = ax if ax is not None else new_axes(5.6, 5.0)
+    mesh = ax.pcolormesh(pattern, cmap=SEQUENTIAL, vmin=0, vmax=1)
+    _finish_grid(ax, mesh, "attention", columns, rows)
+    ax.invert_yaxis()
+    ax.set_aspect("equal")
+    ax.set_xlabel("key position")
+    ax.set_ylabel("query position")
+    ax.set_title(title, fontsize=10)
+    return ax
+
+
+def _finish_grid(
+    ax: Axes, mesh: QuadMesh, label: str, columns: Sequence[str], rows: Sequence[str]
+) -> None:
+    _set_ticks(ax, "x", np.arange(len(columns)) + 0.5, columns)
+    _set_ticks(ax, "y", np.arange(len(rows)) + 0.5, rows)
+    ax.set_facecolor("0.85")
+    ax.spines[:].set_visible(False)
+    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.08, aspect=30)
+    bar.set_label(label, fontsize=9)
+    bar.ax.tick_params(labelsize=_SMALL, length=2)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+
+
+def _set_ticks(ax: Axes, which: str, places: np.ndarray, labels: Sequence[str]) -> None:
+    step = max(1, -(-len(labels) // _MOST_TICKS))
+    axis = ax.xaxis if which == "x" else ax.yaxis
+    shown = list(labels[::step])
+    axis.set_ticks(places[::step], shown)
+    turn = which == "x" and max(map(len, shown), default=0) * len(shown) > 60
+    ax.tick_params(axis=which, labelsize=_SMALL, length=0, labelrotation=90 if turn else 0)
+
+
+def _open_frame(ax: Axes) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="0.92", zorder=0)
+    ax.set_axisbelow(True)
+    ax.tick_params(labelsize=_SMALL)
+
+
+def _ticks(values: xr.DataArray, axis: str) -> list[str]:
+    return [str(label) for label in values[axis].values]
+
+
+def _axis_name(values: xr.DataArray, axis: str) -> str:
+    return str(values[axis].attrs.get("long_name", axis.replace("_", " ")))
+
+
+def _limit(numbers: np.ma.MaskedArray) -> float:
+    top = float(np.abs(numbers).max()) if numbers.count() else 0.0
+    return top or 1.0
