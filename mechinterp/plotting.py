@@ -7,6 +7,7 @@ to blue. Labels come from the axes of the array, and are thinned where they woul
 
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import xarray as xr
@@ -72,7 +73,7 @@ def heat_grid(
     if ax is None:
         longest = max(map(len, columns), default=1)
         width = min(NOTEBOOK_WIDTH, max(4.2, 1.8 + 0.32 * len(columns)))
-        height = min(8.0, max(2.4, 1.2 + 0.26 * len(rows))) + 0.05 * min(longest, 14)
+        height = min(8.0, max(2.9, 1.2 + 0.26 * len(rows))) + 0.05 * min(longest, 14)
         ax = new_axes(width, height)
     numbers = np.ma.masked_invalid(np.asarray(values.values, dtype=float))
     top = limit if limit is not None else _limit(numbers)
@@ -155,7 +156,9 @@ def _finish_grid(
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
 
-def _set_ticks(ax: Axes, which: str, places: np.ndarray, labels: Sequence[str]) -> None:
+def _set_ticks(
+    ax: Axes, which: Literal["x", "y"], places: np.ndarray, labels: Sequence[str]
+) -> None:
     step = max(1, -(-len(labels) // _MOST_TICKS))
     axis = ax.xaxis if which == "x" else ax.yaxis
     shown = list(labels[::step])

@@ -22,11 +22,11 @@ def bootstrap_interval(
     Source: the bias-corrected and accelerated bootstrap of Efron 1987, by scipy.
     """
     exact = np.asarray(values, dtype=np.float64)
-    low = exact.mean(-1)
+    low = np.array(exact.mean(-1))
     high = low.copy()
     if exact.shape[-1] < 2:
         return np.full_like(low, np.nan), np.full_like(low, np.nan)
-    spread = (exact != exact[..., :1]).any(-1)
+    spread = np.array((exact != exact[..., :1]).any(-1))
     if spread.any():
         with warnings.catch_warnings():
             # Two distinct values in a small sample can leave the correction undefined.

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import xarray as xr
 from hypothesis import HealthCheck, given, settings
@@ -200,9 +199,9 @@ def test_top_ranks_by_the_size_of_the_mean_effect_and_puts_nan_last():
 def test_top_gives_the_interval_of_each_mean():
     values = np.random.default_rng(0).normal(size=(40, 3)) + np.array([0, 3, -9])
     table = toy(values).top(2)
+    low, mean, high = (table[name].to_numpy() for name in ("low", "effect", "high"))
     assert table["layer"].tolist() == [2, 1]
-    assert (table["low"] < table["effect"]).all() and (table["effect"] < table["high"]).all()
-    assert (table["high"] - table["low"] < 1).all()
+    assert np.all(low < mean) and np.all(mean < high) and np.all(high - low < 1)
 
 
 def test_a_metric_that_was_not_measured_is_an_error():
@@ -213,8 +212,7 @@ def test_a_metric_that_was_not_measured_is_an_error():
 def test_the_frame_has_one_row_per_number():
     frame = toy().to_frame()
     assert len(frame) == 12 and set(frame) == {"prompt", "layer", "patched"}
-    expected = pd.Series(np.arange(12.0), name="patched")
-    pd.testing.assert_series_equal(frame["patched"], expected)
+    assert frame["patched"].tolist() == list(range(12))
 
 
 @pytest.mark.parametrize("size", [8, 30])

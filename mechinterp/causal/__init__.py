@@ -1,0 +1,1 @@
+"""What causes the behaviour? Counterfactual runs and what they did to a metric."""
