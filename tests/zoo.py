@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import boot_native
 
 D_VOCAB, N_CTX = 97, 64
 
@@ -108,7 +109,7 @@ def hf(name: str, dtype: torch.dtype = torch.float32) -> tf.PreTrainedModel:
             for path, parameter in module.named_parameters():
                 if parameter.ndim > 1:
                     # A classifier reads few numbers, so it needs larger weights.
-                    parameter.normal_(std=1.0 if "classifier" in path else 0.15)
+                    parameter.normal_(std=0.6 if "classifier" in path else 0.15)
                 else:
                     parameter.add_(0.05 * torch.randn_like(parameter))
     return module.to(dtype).eval()
@@ -141,7 +142,7 @@ def zoo(name: str, dtype: torch.dtype = torch.float32) -> TransformerBridge:
         "native_nonorm": {"normalization_type": None, "initializer_range": 0.2},
         "native_bi": {"attention_dir": "bidirectional"},
     }[name]
-    return load_model(TransformerBridge.boot_native(fields, dtype=dtype))
+    return load_model(boot_native(fields, dtype=dtype))
 
 
 def tokens(n_prompts: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:

@@ -70,7 +70,7 @@ class BertEncoderAdapter(BertArchitectureAdapter):
         for part in _MASKED_LM_HEAD:
             del self.components[part]
         for component in self.components.values():
-            component.name = component.name.removeprefix("bert.")
+            component.name = str(component.name).removeprefix("bert.")
         self.cfg.d_vocab_out = self.cfg.d_model
 
 

@@ -1,0 +1,82 @@
+"""A model's identity: one hash over its weights and configuration."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from mechinterp.models.plain import plain, processed_weights
+
+# Where a model came from and what wrote it, which is not what it computes.
+_NOT_IDENTITY = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+
+# What a tensor was when it was hashed: the object, its storage, its version, its sum. Edits
+# through ``.data`` leave the version alone, so the sum is compared as well.
+_State = tuple["ReferenceType[Tensor]", int, int, float]
+_KNOWN: WeakKeyDictionary[TransformerBridge, tuple[list[_State], str]] = WeakKeyDictionary()
+
+
+def fingerprint(model: TransformerBridge) -> str:
+    """Return 64 hexadecimal digits (SHA-256) that change when weights or configuration do.
+
+    Equal for a model and its saved and reloaded copy, on any device. Computed once per state
+    of the weights: later calls only compare what they find with what was hashed.
+    """
+    tensors = _tensors(model)
+    if model in _KNOWN:
+        states, digest = _KNOWN[model]
+        if len(states) == len(tensors) and all(map(_unchanged, states, tensors.values())):
+            return digest
+    hasher = hashlib.sha256(json.dumps(_configuration(model), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        hasher.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        hasher.update(memoryview(flat.view(torch.uint8).numpy()))
+    digest = hasher.hexdigest()
+    _KNOWN[model] = ([_state(tensor) for tensor in tensors.values()], digest)
+    return digest
+
+
+def _tensors(model: TransformerBridge) -> dict[str, Tensor]:
+    if processed_weights(model):
+        return model.original_model.state_dict(keep_vars=True)
+    return plain(model.original_model).state_dict(keep_vars=True)
+
+
+def _configuration(model: TransformerBridge) -> Mapping[str, object]:
+    config = getattr(model.original_model, "config", None)
+    fields = native_fields(model) if config is None else config.to_dict()
+    fields = {name: value for name, value in fields.items() if name not in _NOT_IDENTITY}
+    return json.loads(json.dumps(fields, default=str)) | {"processed": processed_weights(model)}
+
+
+def native_fields(model: TransformerBridge) -> dict[str, object]:
+    """Return the configuration of a native bridge: plain values only, nothing of this run."""
+    ours = {"device", "dtype", "model_name", "n_devices", "init_weights"}
+    return {
+        name: value
+        for name, value in model.cfg.to_dict().items()
+        if name not in ours and isinstance(value, bool | int | float | str | list | None)
+    }
+
+
+def _state(tensor: Tensor) -> _State:
+    return ref(tensor), tensor.data_ptr(), tensor._version, _sum(tensor)
+
+
+def _unchanged(state: _State, tensor: Tensor) -> bool:
+    known, address, version, total = state
+    return (
+        known() is tensor
+        and address == tensor.data_ptr()
+        and version == tensor._version
+        and total == _sum(tensor)
+    )
+
+
+def _sum(tensor: Tensor) -> float:
+    return float(tensor.detach().sum(dtype=torch.float64))
