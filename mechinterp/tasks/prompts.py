@@ -14,6 +14,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from mechinterp.models import tokenizer_of
+
 BOS = Literal["given", "tokenizer", "prepended", "none"]
 
 
@@ -40,8 +42,11 @@ class Prompts:
                 f"tokens have shape {tuple(self.tokens.shape)} but the mask "
                 f"{tuple(self.mask.shape)}. Pass two tensors [prompt, pos]."
             )
-        if len(self) == 0 or not bool(self.mask.any(1).all()):
-            raise ValueError("a prompt is empty. Pass prompts of at least one token.")
+        if len(self) == 0:
+            raise ValueError("there are no prompts. Pass at least one.")
+        if not bool(self.mask.any(1).all()):
+            empty = (~self.mask.any(1)).nonzero()[0].item()
+            raise ValueError(f"prompt {empty} is empty. Pass prompts of at least one token.")
         if bool((self.mask[:, 1:] & ~self.mask[:, :-1]).any()):
             raise ValueError("the padding is not on the right. Pad after each prompt's end.")
 
@@ -117,9 +122,9 @@ def as_prompts(
             is outside its vocabulary, or strings are given to a model without tokenizer.
         TypeError: ``prompts`` is nothing of the above, or ``prepend_bos=True`` for tokens.
     """
-    ready = prompts if isinstance(prompts, Prompts) else getattr(prompts, "clean", None)
-    if isinstance(ready, Prompts):
-        made = ready
+    ready = [prompts, getattr(prompts, "clean", None), getattr(prompts, "prompts", None)]
+    if given := [each for each in ready if isinstance(each, Prompts)]:
+        made = given[0]
     elif texts := _as_strings(prompts):
         rows, _, bos = encode(model, texts, prepend_bos=prepend_bos)
         made = pad(rows, texts, bos)
@@ -145,7 +150,7 @@ def encode(
     Raises:
         ValueError: The model has no tokenizer, or a BOS is asked for and it has none.
     """
-    tokenizer = _tokenizer(model)
+    tokenizer = require_tokenizer(model)
     bos_id = tokenizer.bos_token_id
     own = _tokenise(tokenizer, texts, special=True)
     bare = _tokenise(tokenizer, texts, special=False)
@@ -168,8 +173,6 @@ def encode(
 
 def token_strings(model: TransformerBridge, tokens: Sequence[int]) -> list[str]:
     """Return each token as text, or its id where the model has no tokenizer."""
-    from mechinterp.models import tokenizer_of
-
     tokenizer = tokenizer_of(model)
     if tokenizer is None:
         return [str(token) for token in tokens]
@@ -179,9 +182,8 @@ def token_strings(model: TransformerBridge, tokens: Sequence[int]) -> list[str]:
 Encoded = tuple[list[list[int]], list[list[tuple[int, int]]] | None]
 
 
-def _tokenizer(model: TransformerBridge) -> Any:
-    from mechinterp.models import tokenizer_of
-
+def require_tokenizer(model: TransformerBridge) -> Any:
+    """Return the model's tokenizer, or say what to do without one."""
     tokenizer = tokenizer_of(model)
     if tokenizer is None:
         raise ValueError(
