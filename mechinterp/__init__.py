@@ -5,13 +5,17 @@ The public names are flat: ``import mechinterp as mi``, then ``mi.load_model()``
 when first used, so importing the package costs nothing.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 
 from mechinterp._version import __version__
 
 _HOME = {
     "mechinterp.activations": ["Activations"],
-    "mechinterp.causal.patching": ["PatchingResult", "activation_patching"],
+    "mechinterp.catalogue": ["SiteCatalogue", "sites"],
+    "mechinterp.causal.patching": ["activation_patching"],
+    "mechinterp.causal.patching_result": ["PatchingResult"],
     "mechinterp.hooks": ["HookManager", "HookNotFiredError"],
     "mechinterp.models": [
         "Verification",
@@ -22,7 +26,7 @@ _HOME = {
         "verify",
     ],
     "mechinterp.results": ["Convention", "Result", "load_result"],
-    "mechinterp.sites": ["Site", "SiteCatalogue", "sites"],
+    "mechinterp.sites": ["MissingSiteError", "Site"],
     "mechinterp.tasks": [
         "Labelled",
         "Prompts",
@@ -49,3 +53,17 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Package(ModuleType):
+    """Keeps ``mi.sites`` and ``mi.tasks`` the functions that their modules are named after.
+
+    Importing ``mechinterp.sites`` would otherwise put the module in the function's place.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -33,6 +33,7 @@ BOS = "<|endoftext|>"
 BOOK = "<|endofbook|>"
 VOCABULARY = 3072
 SEED = 0
+WINDOWS = ((64, 0.2), (128, 0.5), (256, 0.8), (512, 1.0))  # tokens, until this share of steps
 
 
 def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
@@ -67,7 +68,14 @@ def build_model() -> GPT2LMHeadModel:
         bos_token_id=0,
         eos_token_id=0,
     )
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    # Learned positions start as sinusoids: attending to the token before is then a rotation
+    # away, and the previous-token heads that induction is built on form several times sooner.
+    position = torch.arange(config.n_positions)[:, None]
+    rate = torch.exp(-math.log(1000.0) * torch.arange(0, config.n_embd, 2) / config.n_embd)
+    waves = torch.cat([(position * rate).sin(), (position * rate).cos()], dim=1)
+    model.transformer.wpe.weight.data = 0.04 * waves
+    return model
 
 
 class Prose:
@@ -99,28 +107,32 @@ class Prose:
         )
 
 
-def repeats(rows: int, length: int, rng: np.random.Generator) -> np.ndarray:
-    """Return rows of random tokens that repeat with a period drawn log-uniformly from 8 up."""
+def repeats(rows: int, length: int, rng: np.random.Generator, skew: float = 1) -> np.ndarray:
+    """Return rows of random tokens that repeat with a period drawn log-uniformly from 8 up.
+
+    ``skew`` above 1 draws low ids more often (uniform to that power).
+    """
     out = np.zeros((rows, length), dtype=np.int64)
     for row in out:
         period = int(np.exp(rng.uniform(np.log(8), np.log(length // 2))))
-        segment = rng.integers(1, VOCABULARY, period)
+        segment = 1 + ((VOCABULARY - 1) * rng.random(period) ** skew).astype(np.int64)
         row[1:] = np.resize(segment, length - 1)
     return out
 
 
 @torch.no_grad()
-def copy_losses(model: GPT2LMHeadModel, n: int = 64) -> tuple[float, float]:
-    """Return mean loss (nats) on the first and on the second copy of 64 random tokens."""
+def copy_losses(model: GPT2LMHeadModel, period: int = 64) -> tuple[float, float]:
+    """Return mean loss (nats) on the first and on the second copy of random tokens."""
+    n = 64
     rng = np.random.default_rng(12345)
-    segment = rng.integers(1, VOCABULARY, (n, 64))
+    segment = rng.integers(1, VOCABULARY, (n, period))
     ids = torch.from_numpy(
         np.concatenate([np.zeros((n, 1), np.int64), segment, segment], axis=1)
     )
     logits = model(ids).logits[:, :-1]
     loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     loss = loss.view(n, -1)
-    return loss[:, :64].mean().item(), loss[:, 64:].mean().item()
+    return loss[:, :period].mean().item(), loss[:, period:].mean().item()
 
 
 @torch.no_grad()
@@ -192,7 +204,7 @@ class Muon(torch.optim.Optimizer):
     https://kellerjordan.github.io/posts/muon.
     """
 
-    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95) -> None:
+    def __init__(self, params, lr: float = 0.01, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
@@ -230,17 +242,18 @@ def optimizers(model: GPT2LMHeadModel) -> list[torch.optim.Optimizer]:
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [
         Muon(matrices),
-        torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
-def save_checkpoint(folder: Path, model, optims, step: int, best: float) -> None:
+def save_checkpoint(folder: Path, model, optims, step: int, best: float, learned: bool) -> None:
     """Write the checkpoint beside the old one, then put it in its place."""
     state = {
         "model": model.state_dict(),
         "optims": [o.state_dict() for o in optims],
         "step": step,
         "best": best,
+        "learned": learned,
     }
     torch.save(state, folder / "checkpoint.new")
     (folder / "checkpoint.new").replace(folder / "checkpoint.pt")
@@ -264,26 +277,30 @@ def train(args: argparse.Namespace) -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     optims = optimizers(model)
     base_rates = [[g["lr"] for g in o.param_groups] for o in optims]
-    step, best = 0, math.inf
+    step, best, learned = 0, math.inf, False
     if (out / "checkpoint.pt").exists():
         state = torch.load(out / "checkpoint.pt", weights_only=True)
         model.load_state_dict(state["model"])
         for o, s in zip(optims, state["optims"], strict=True):
             o.load_state_dict(s)
-        step, best = state["step"], state["best"]
+        step, best, learned = state["step"], state["best"], state["learned"]
         print(f"resumed at step {step}")
     run = torch.compile(model) if args.compile else model
     started, tokens = time.time(), 0
     while step < args.steps:
         rng = np.random.default_rng([SEED, step])  # the data of a step depend on nothing else
         done = step / args.steps
-        length = 128 if done < 0.3 else 256 if done < 0.7 else 512
+        length = next(n for n, until in WINDOWS if done < until)
         rows = args.batch_tokens // length
-        share = 0.5 if done < args.repeats_until else 0.125
+        share = 0.125 if learned else 0.75
+        skew = 1 + 4 * max(0.0, 1 - done / 0.2)  # few tokens at first, soon all alike
         n_repeat = max(1, round(rows * share))
         ids = torch.from_numpy(
             np.concatenate(
-                [repeats(n_repeat, length, rng), prose.batch(rows - n_repeat, length, rng)]
+                [
+                    repeats(n_repeat, length, rng, skew),
+                    prose.batch(rows - n_repeat, length, rng),
+                ]
             )
         )
         factor = min(1.0, (step + 1) / 60) * min(1.0, (1 - done) / args.decay)
@@ -308,6 +325,7 @@ def train(args: argparse.Namespace) -> None:
                 "train_loss": round(loss.item(), 4),
                 "first_copy": round(first, 4),
                 "second_copy": round(second, 4),
+                "second_copy_of_16": round(copy_losses(model, 16)[1], 4),
                 "validation_nats": round(nats, 4),
                 "validation_bits_per_byte": round(bits, 4),
                 "tokens_per_second": round(tokens / (time.time() - started)),
@@ -316,11 +334,12 @@ def train(args: argparse.Namespace) -> None:
             with (out / "curve.jsonl").open("a") as curve:
                 curve.write(json.dumps(record) + "\n")
             print(record, flush=True)
+            learned = learned or first - second > 6
             if first - second > 5 and bits < best:
                 best = bits
                 torch.save(model.state_dict(), out / "best.new")
                 (out / "best.new").replace(out / "best.pt")
-            save_checkpoint(out, model, optims, step, best)
+            save_checkpoint(out, model, optims, step, best, learned)
             model.train()
 
 
@@ -330,11 +349,10 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="training text")
     parser.add_argument("--validation", required=True, help="validation text")
     parser.add_argument("--out", default="embedded-run", help="checkpoints and curve")
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--repeats-until", type=float, default=0.35)
-    parser.add_argument("--decay", type=float, default=0.5, help="share of steps with decay")
-    parser.add_argument("--evaluate-every", type=int, default=50)
+    parser.add_argument("--decay", type=float, default=0.6, help="share of steps with decay")
+    parser.add_argument("--evaluate-every", type=int, default=25)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()

@@ -1,0 +1,228 @@
+"""Edits in force: which values an edit selects in a run, and writing what it puts there."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from mechinterp.activations import by_position
+from mechinterp.edits import Edit, Replace, Rows
+from mechinterp.hooks.running import Run, Watch
+from mechinterp.sites import head_axis, locate, n_neurons, resolve_heads
+from mechinterp.tasks.positions import PositionSpec, Roles, position_lists
+
+
+class HookNotFiredError(RuntimeError):
+    """An edit never ran or had nowhere to act, so the result is not what was asked for."""
+
+
+class Action:
+    """One edit at one layer, as a tap: selects, asks the edit what to put there, writes it."""
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        edit: Edit,
+        layer: int | None,
+        noted: Watch,
+        lengths: Sequence[int] | None,
+        roles: Roles | None,
+    ) -> None:
+        self.edit, self.layer, self.noted = edit, layer, noted
+        self.lengths, self.roles = lengths, roles
+        self.place = locate(model, edit.site, layer)
+        self.fired = self.acted = False
+        if edit.site == "mlp_post":
+            self.units = _neurons(model, edit, layer)
+        elif edit.heads is not None:
+            self.units = resolve_heads(model, edit.site, layer, edit.heads)
+        else:
+            self.units = None
+        self.heads = self.units
+        if head_axis(edit.site) is not None and layer is not None:
+            self.heads = resolve_heads(model, edit.site, layer, edit.heads)
+        if edit.reads is not None and (edit.site, layer) not in edit.reads:
+            raise ValueError(
+                f"the edit of {edit.site} at layer {layer} reads a capture that lacks it: "
+                f"{edit.reads!r}. Capture that layer too, or name layers=."
+            )
+        if lengths is not None:
+            self._paired(lengths)  # raises what can be known before anything runs
+            position_lists(edit.key_positions, lengths, roles)
+
+    def __call__(self, own: Tensor) -> Tensor | None:
+        """Return ``own`` with the selected values replaced, all others bit for bit."""
+        self.fired = True
+        run = self.noted.run
+        assert run is not None
+        selected = self._selected(run)
+        if selected is None:
+            return None
+        self.acted = True
+        batch_row, column, rows = selected
+        site, device = self.edit.site, own.device
+        view = by_position(site, own)
+        where = (batch_row.to(device), column.to(device))
+        picked = view[where] if self.units is None else view[where][:, self.units]
+        new = self.edit.new(picked, rows)
+        if self.edit.key_positions != "all":
+            keys = self._keys(run, own.shape[-1])[batch_row].to(device)
+            new = torch.where(keys[:, None, :], new, picked)
+        if site == "scores":
+            _check_some_key_is_left(new, rows, self.layer)
+        out = view.clone()
+        if self.units is None:
+            out[where] = new.to(out)
+        else:
+            units = torch.tensor(self.units, device=device)
+            out[where[0][:, None], where[1][:, None], units[None]] = new.to(out)
+        return by_position(site, out)
+
+    def check_it_acted(self) -> None:
+        """Raise unless the edit ran and changed some position."""
+        where = f"{type(self.edit).__name__} of {self.edit.site}"
+        where += "" if self.layer is None else f" at layer {self.layer}"
+        if not self.fired:
+            raise HookNotFiredError(
+                f"{where} never fired, so it changed nothing. Run the model inside the block; "
+                "if you did, mi.sites(model) says which sites work on it."
+            )
+        if not self.acted:
+            raise HookNotFiredError(
+                f"{where} had nowhere to act: positions={self.edit.positions!r} selected "
+                "nothing in any run inside the block."
+            )
+
+    def _selected(self, run: Run) -> tuple[Tensor, Tensor, Rows] | None:
+        if self.edit.positions == "all" and not self.edit.positional:
+            batch_row, column = (run.positions >= 0).nonzero(as_tuple=True)  # generated, too
+            own = source = run.positions[batch_row, column]
+        else:
+            found = []
+            for row, pair in enumerate(self._paired(self._lengths(run), run)):
+                columns = {p: c for c, p in enumerate(run.positions[row].tolist()) if p >= 0}
+                found += [
+                    (row, columns[p], p, s) for p, s in zip(*pair, strict=True) if p in columns
+                ]
+            batch_row, column, own, source = (
+                torch.tensor(found, dtype=torch.long).reshape(-1, 4).T
+            )
+        if not len(own):
+            return None
+        heads = None if self.heads is None else tuple(self.heads)
+        rows = Rows(self.layer, batch_row + self.noted.first_row, own, source, heads)
+        return batch_row, column, rows
+
+    def _lengths(self, run: Run) -> list[int]:
+        if self.lengths is None:
+            return list(run.prompt_lengths)
+        n = len(run.lengths)
+        mine = list(self.lengths[self.noted.first_row :][:n])
+        if len(mine) != n:
+            raise ValueError(
+                f"the edit was given data of {len(self.lengths)} prompts, but the model runs "
+                f"on {n}. Run it on the same prompts."
+            )
+        return mine
+
+    def _paired(
+        self, lengths: Sequence[int], run: Run | None = None
+    ) -> list[tuple[list[int], list[int]]]:
+        """Return per prompt the positions to edit, and those to read from the source.
+
+        Without data, ``run`` says how far the prompts reach by now; positions beyond are kept,
+        for a generation may get there, and that an edit acted is checked when the block ends.
+        """
+        edit = self.edit
+        mine = self._positions(edit.positions, lengths, run)
+        source = edit.reads
+        spec = getattr(edit, "source_positions", None)
+        if not isinstance(edit, Replace) or (source is None and spec is None):
+            return [(own, own) for own in mine]
+        spec = edit.positions if spec is None else spec
+        if source is None:
+            theirs = self._positions(spec, lengths, run)
+        else:
+            roles = self.roles if source.roles is None else source.roles
+            listed = position_lists(spec, source.lengths, roles)
+            first, n = self.noted.first_row, len(lengths)
+            theirs = listed * n if len(listed) == 1 else listed[first : first + n]
+            if len(theirs) != n:
+                raise ValueError(
+                    f"the source has {len(listed)} prompts, but the model runs on {n}. Give "
+                    "one source prompt for each, or a single one for all."
+                )
+        return [
+            self._aligned(row, *pair) for row, pair in enumerate(zip(mine, theirs, strict=True))
+        ]
+
+    def _positions(
+        self, spec: PositionSpec, lengths: Sequence[int], run: Run | None
+    ) -> list[list[int]]:
+        if self.lengths is not None or run is None:
+            return position_lists(spec, lengths, self.roles)
+        parts = [spec] if isinstance(spec, str | int | slice) else spec
+        lists: list[list[int]] = [[] for _ in lengths]
+        for part in parts:
+            if isinstance(part, int) and part >= 0:
+                found = [[part]] * len(lengths)
+            elif isinstance(part, slice):
+                reach = run.lengths if min(part.start or 0, part.stop or 0) >= 0 else lengths
+                found = [list(range(n))[part] for n in reach]
+            else:
+                found = position_lists(part, lengths, self.roles)
+            lists = [
+                [*have, *(p for p in more if p not in have)]
+                for have, more in zip(lists, found, strict=True)
+            ]
+        return lists
+
+    def _aligned(
+        self, row: int, own: list[int], theirs: list[int]
+    ) -> tuple[list[int], list[int]]:
+        if len(own) == len(theirs):
+            return own, theirs
+        n = min(len(own), len(theirs))
+        if isinstance(self.edit, Replace) and self.edit.align == "last" and n:
+            return own[-n:], theirs[-n:]
+        raise ValueError(
+            f"positions={self.edit.positions!r} selects {len(own)} positions of prompt "
+            f"{row + self.noted.first_row} but {len(theirs)} of its source, so they do not "
+            "correspond. Name positions that do, or pass align='last' to pair from the end."
+        )
+
+    def _keys(self, run: Run, width: int) -> Bool[Tensor, "row key"]:
+        """Return the keys that the edit acts on, as columns of this run."""
+        lists = self._positions(self.edit.key_positions, self._lengths(run), run)
+        keys = torch.zeros(len(lists), width, dtype=torch.bool)
+        for row, (listed, pad) in enumerate(zip(lists, run.left_padding, strict=True)):
+            columns = [p + pad for p in listed if p + pad < width]
+            keys[row, columns] = True
+        return keys
+
+
+def _neurons(model: TransformerBridge, edit: Edit, layer: int | None) -> list[int] | None:
+    if edit.neurons is None:
+        return None
+    count = n_neurons(model, layer)
+    asked = [edit.neurons] if isinstance(edit.neurons, int) else list(edit.neurons)
+    for neuron in asked:
+        if not -count <= neuron < count:
+            raise ValueError(
+                f"neuron {neuron} does not exist: layer {layer} has neurons 0..{count - 1}."
+            )
+    return [neuron % count for neuron in asked]
+
+
+def _check_some_key_is_left(new: Tensor, rows: Rows, layer: int | None) -> None:
+    """Without one visible key a softmax would spread over masked positions, silently wrong."""
+    blind = (new <= torch.finfo(new.dtype).min / 2).all(-1).flatten(1).any(1).cpu()
+    if bool(blind.any()):
+        row = int(blind.nonzero()[0])
+        raise ValueError(
+            f"the edit of scores leaves the query at position {int(rows.own[row])} of prompt "
+            f"{int(rows.prompt[row])} no key to attend to at layer {layer}. "
+            "Leave at least one, or zero its z instead."
+        )

@@ -1,0 +1,207 @@
+"""Taps: a function attached to a place, which sees the site's value and may change it.
+
+Everything that reads or edits activations goes through ``tap``. All taps at one hook point
+share a station, which runs them in the order of the data flow, so that an edit of ``attn_out``
+comes before one of ``resid_mid`` however the two were nested. A station leaves the hook point
+as it found it when its last tap goes; hooks that others set are never touched.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from einops import einsum
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformer_lens.model_bridge import TransformerBridge
+
+from mechinterp.sites import Place
+
+Tap = Callable[[Tensor], Tensor | None]
+"""Sees a site's value; returns the tensor to put in its place, or None to leave it."""
+
+# Upstream first: a head's result enters attn_out, and attn_out enters resid_mid.
+_STAGE = {"result": 0, "direct": 1, "softmax_in": 1, "softmax_out": 1, "sum": 2, "read": 3}
+_SERIAL = itertools.count()
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """One tap at a station; ``read`` holds this forward's value at ``place.reads``."""
+
+    place: Place
+    function: Tap
+    stage: int
+    serial: int
+    read: dict[str, Tensor]
+
+    @property
+    def group(self) -> tuple[int, str]:
+        return self.stage, self.place.how
+
+
+class _Station:
+    """The taps at one hook point, in the order of the data flow."""
+
+    def __init__(self, model: TransformerBridge) -> None:
+        self.model = model
+        self.entries: list[_Entry] = []
+
+    def add(self, entry: _Entry) -> None:
+        self.entries.append(entry)
+        self.entries.sort(key=lambda e: (*e.group, e.serial))
+
+    def run(self, tensor: Tensor, how: str | None = None) -> Tensor:
+        """Pass ``tensor`` through the taps (of one kind) and return what goes on."""
+        for (_, kind), entries in itertools.groupby(self.entries, key=lambda e: e.group):
+            if how is not None and kind != how:
+                continue
+            group = list(entries)
+            own = value = self._site_value(group[0], tensor)
+            for entry in group:
+                new = entry.function(value)
+                value = value if new is None else new
+            if value is own:
+                continue
+            if kind == "sum":
+                tensor = tensor + (value - own)
+            elif kind == "result":
+                tensor = tensor + (value - own).sum(2)
+            else:
+                tensor = value
+        return tensor
+
+    def _site_value(self, entry: _Entry, tensor: Tensor) -> Tensor:
+        if entry.place.how == "sum":
+            return entry.read["value"] + tensor
+        if entry.place.how == "result":
+            return head_results(self.model, entry.place.layer, entry.read["value"])
+        return tensor
+
+
+def head_results(model: TransformerBridge, layer: int | None, z: Tensor) -> Tensor:
+    """Return ``z @ W_O`` per head: ``batch pos head d_head -> batch pos head d_model``."""
+    W_O = model.blocks[layer].attn.W_O
+    return einsum(
+        z,
+        W_O.to(z),
+        "batch pos head d_head, head d_head d_model -> batch pos head d_model",
+    )
+
+
+class _SoftmaxMode(TorchFunctionMode):
+    """Shows a station what the softmax of an attention module takes and gives."""
+
+    def __init__(self, station: _Station) -> None:
+        super().__init__()
+        self.station = station
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in (nn.functional.softmax, torch.softmax, Tensor.softmax):
+            return func(*args, **kwargs)
+        scores = self.station.run(args[0], "softmax_in")
+        return self.station.run(func(scores, *args[1:], **kwargs), "softmax_out")
+
+
+# By model, then by hook point: the station there, and what uninstalls it.
+_STATIONS: WeakKeyDictionary[nn.Module, dict[str, tuple[_Station, Callable[[], None]]]] = (
+    WeakKeyDictionary()
+)
+
+
+def tap(model: TransformerBridge, place: Place, function: Tap) -> Callable[[], None]:
+    """Attach ``function`` to ``place`` and return what takes it off again.
+
+    The function is called in every forward pass with the site's value, laid out as in
+    ``sites.AXES``, after the taps attached before it. Calling the remover twice is harmless.
+    """
+    read: dict[str, Tensor] = {}
+    removers = []
+    if place.reads is not None:
+        source = Place(place.site, place.layer, place.reads)
+
+        def remember(tensor: Tensor) -> None:
+            read["value"] = tensor
+
+        removers.append(_attach(model, source, remember, _STAGE["read"], read))
+    removers.append(_attach(model, place, function, _STAGE[place.how], read))
+
+    def remove() -> None:
+        for remover in removers:
+            remover()
+        read.clear()
+
+    return remove
+
+
+def _attach(
+    model: TransformerBridge, place: Place, function: Tap, stage: int, read: dict[str, Tensor]
+) -> Callable[[], None]:
+    stations = _STATIONS.setdefault(model, {})
+    key = f"softmax of {place.hook}" if place.how.startswith("softmax") else place.hook
+    if key not in stations:
+        station = _Station(model)
+        stations[key] = station, _install(model, place, station)
+    station, uninstall = stations[key]
+    entry = _Entry(place, function, stage, next(_SERIAL), read)
+    station.add(entry)
+
+    def remove() -> None:
+        if entry not in station.entries:
+            return
+        station.entries.remove(entry)
+        if not station.entries:
+            uninstall()
+            del stations[key]
+
+    return remove
+
+
+def _install(model: TransformerBridge, place: Place, station: _Station) -> Callable[[], None]:
+    module = _module_at(model, place.hook)
+    if place.how.startswith("softmax"):
+        return _install_softmax(module.original_component, station)
+    handle = module.add_hook(lambda tensor, hook: station.run(tensor))
+
+    def uninstall() -> None:
+        handle.hook.remove()
+        if handle in module.fwd_hooks:  # a reset of all hooks may have been quicker
+            module.fwd_hooks.remove(handle)
+
+    return uninstall
+
+
+def _install_softmax(attention: nn.Module, station: _Station) -> Callable[[], None]:
+    running: list[_SoftmaxMode] = []
+
+    def enter(*_: object) -> None:
+        running.append(_SoftmaxMode(station))
+        running[-1].__enter__()
+
+    def leave(*_: object) -> None:
+        if running:
+            running.pop().__exit__(None, None, None)
+
+    handles = [
+        attention.register_forward_pre_hook(enter),
+        attention.register_forward_hook(leave, always_call=True),
+    ]
+
+    def uninstall() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return uninstall
+
+
+def _module_at(model: TransformerBridge, hook: str) -> Any:
+    module: Any = model
+    for part in hook.split("."):
+        module = module[int(part)] if part.isdigit() else getattr(module, part)
+    return module
