@@ -2,17 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from mechinterp.models.native import native_fields
 from mechinterp.models.plain import plain, processed_weights
 
-# Where a model came from and what wrote it, which is not what it computes.
-_NOT_IDENTITY = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+# What wrote a configuration, which is not what it computes; names with an underscore say
+# where a model came from, and saving adds the class to ``architectures``.
+_NOT_IDENTITY = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 
 # What a tensor was when it was hashed: the object, its storage, its version, its sum. Edits
 # through ``.data`` leave the version alone, so the sum is compared as well.
@@ -35,7 +36,7 @@ def fingerprint(model: TransformerBridge) -> str:
     for name, tensor in sorted(tensors.items()):
         hasher.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        hasher.update(memoryview(flat.view(torch.uint8).numpy()))
+        hasher.update(flat.view(torch.uint8).numpy().data)
     digest = hasher.hexdigest()
     _KNOWN[model] = ([_state(tensor) for tensor in tensors.values()], digest)
     return digest
@@ -47,21 +48,17 @@ def _tensors(model: TransformerBridge) -> dict[str, Tensor]:
     return plain(model.original_model).state_dict(keep_vars=True)
 
 
-def _configuration(model: TransformerBridge) -> Mapping[str, object]:
+def _configuration(model: TransformerBridge) -> dict[str, object]:
     config = getattr(model.original_model, "config", None)
     fields = native_fields(model) if config is None else config.to_dict()
-    fields = {name: value for name, value in fields.items() if name not in _NOT_IDENTITY}
-    return json.loads(json.dumps(fields, default=str)) | {"processed": processed_weights(model)}
-
-
-def native_fields(model: TransformerBridge) -> dict[str, object]:
-    """Return the configuration of a native bridge: plain values only, nothing of this run."""
-    ours = {"device", "dtype", "model_name", "n_devices", "init_weights"}
-    return {
+    known = {
         name: value
-        for name, value in model.cfg.to_dict().items()
-        if name not in ours and isinstance(value, bool | int | float | str | list | None)
+        for name, value in json.loads(json.dumps(fields, default=str)).items()
+        if name not in _NOT_IDENTITY and not name.startswith("_")
     }
+    known["class"] = type(model.original_model).__name__
+    known["processed"] = processed_weights(model)
+    return known
 
 
 def _state(tensor: Tensor) -> _State:
@@ -79,4 +76,4 @@ def _unchanged(state: _State, tensor: Tensor) -> bool:
 
 
 def _sum(tensor: Tensor) -> float:
-    return float(tensor.detach().sum(dtype=torch.float64))
+    return float(tensor.detach().sum())

@@ -1,6 +1,6 @@
 """From a Hugging Face module to a bridge with the same numbers."""
 
-import difflib
+from difflib import get_close_matches
 
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
@@ -9,17 +9,20 @@ from transformer_lens.model_bridge.sources import (
     build_bridge_from_module,
     detect_tokenizer_bos_eos,
 )
+from transformer_lens.utilities.architectures import classify_architecture
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mechinterp.models.adapters import ADAPTERS, register_adapters
 
 
 def wrap(
-    module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+    module: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    name: str | None = None,
 ) -> TransformerBridge:
     """Return a bridge that takes ``module`` over: eager attention, eval mode, raw numerics.
 
-    The tokenizer is attached as it is. (transformer-lens' own loading replaces it by one
+    ``name`` is what results will call it. The tokenizer is attached as it is. (transformer-lens' own loading replaces it by one
     that always adds a beginning-of-sequence token, and may need the network for that.)
 
     Raises:
@@ -38,10 +41,12 @@ def wrap(
         module,
         architecture,
         hf_config=module.config,
-        model_name=module.config._name_or_path or architecture,
+        model_name=name or module.config._name_or_path or architecture,
     )
     if tokenizer is not None:
         attach_tokenizer(bridge, tokenizer)
+    if placement := set(getattr(module, "hf_device_map", {}).values()):
+        bridge.cfg.n_devices = len(placement)
     return bridge.eval()
 
 
@@ -61,8 +66,9 @@ def check_supported(config: object, architecture: str) -> None:
             f"{architecture} is an encoder-decoder model; mechinterp works on decoder-only "
             "language models and on encoders."
         )
-    known = SUPPORTED_ARCHITECTURES.keys() | ADAPTERS.keys()
-    if architecture not in known:
-        near = difflib.get_close_matches(architecture, known, n=3)
+    if architecture not in SUPPORTED_ARCHITECTURES | ADAPTERS:
+        near = get_close_matches(architecture, SUPPORTED_ARCHITECTURES | ADAPTERS, n=3)
         hint = f" Near: {', '.join(near)}." if near else ""
         raise ValueError(f"transformer-lens has no adapter for {architecture}.{hint}")
+    if (kind := classify_architecture(architecture)) in ("audio", "vision"):
+        raise ValueError(f"{architecture} is made for {kind}; mechinterp works on text models.")

@@ -1,0 +1,98 @@
+"""Write a model to a folder, completely or not at all."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedModel
+
+from mechinterp.models.native import save_native
+from mechinterp.models.plain import unwrap
+from mechinterp.models.quiet import quiet
+from mechinterp.models.run import tokenizer_of
+
+# What a saved model may consist of; a folder with anything else in it is not ours to replace.
+_MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "added_tokens.json",
+    "chat_template*",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer*",
+    "vocab.*",
+)
+
+
+def save_model(model: TransformerBridge, folder: str | Path) -> Path:
+    """Save weights (safetensors), configuration and tokenizer; `load_model` reads them back.
+
+    A Hugging Face model becomes a normal folder that ``transformers`` reads as well. The
+    folder is written beside its final place and then renamed, so a model that was there
+    before stays whole if anything fails. Returns the folder.
+
+    Raises:
+        ValueError: The folder holds other files than a model's, or the model cannot be
+            unwrapped (see `unwrap`).
+    """
+    folder = Path(folder).expanduser().resolve()
+    _check_replaceable(folder)
+    module, tokenizer = unwrap(model), tokenizer_of(model)
+    with _folder_beside(folder) as part:
+        if isinstance(module, PreTrainedModel):
+            with quiet():
+                module.save_pretrained(part)
+        else:
+            save_native(model, module, part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        _check_saved(part)
+    return folder
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file. Give the name of a folder.")
+    known = {path for pattern in _MODEL_FILES for path in folder.glob(pattern)}
+    others = sorted(path.name for path in folder.iterdir() if path not in known)
+    if others:
+        raise ValueError(
+            f"{folder} holds files that are not part of a model ({', '.join(others[:5])}), and "
+            "saving replaces the whole folder. Choose a new or empty one."
+        )
+
+
+def _check_saved(part: Path) -> None:
+    """A half-written configuration would only be noticed when someone loads it."""
+    json.loads((part / "config.json").read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _folder_beside(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``folder``; put it in that place if the block succeeds."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mark = uuid4().hex[:8]
+    part = folder.with_name(f".{folder.name}.{mark}.part")
+    old = folder.with_name(f".{folder.name}.{mark}.old")
+    part.mkdir()
+    try:
+        yield part
+        if folder.exists():
+            folder.rename(old)
+        try:
+            part.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
