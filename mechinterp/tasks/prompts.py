@@ -67,10 +67,9 @@ class Prompts:
 
     def __getitem__(self, chosen: int | slice | Sequence[int]) -> "Prompts":
         """Return some of the prompts, padded no further than the longest of them."""
-        index = choose(chosen, len(self))
-        return pad(
-            [self.rows[i] for i in index], self.text and [self.text[i] for i in index], self.bos
-        )
+        index, rows = choose(chosen, len(self)), self.rows
+        text = self.text and [self.text[i] for i in index]
+        return pad([rows[i] for i in index], text, self.bos)
 
 
 def choose(chosen: int | slice | Sequence[int], n: int) -> list[int]:

@@ -256,8 +256,12 @@ class Task:
                 f"the model gets none of the {len(self)} prompts of task {self.name!r} right, "
                 "so no prompt is left. mi.tasks(model) shows what it can do."
             )
-        info = {**self.info, "filtered": {"kept": len(kept), "of": len(self)}}
-        return replace(self, **take(vars(self), kept), info=info)
+        told = self.with_info(filtered={"kept": len(kept), "of": len(self)})
+        return told[kept]
+
+    def with_info(self, **told: Any) -> "Task":
+        """Return the same task with more told in ``info``."""
+        return replace(self, info={**self.info, **told})
 
     def show(self, n: int = 8) -> None:
         """Print the first ``n`` prompts as tokens, with roles, answers and distractors."""
