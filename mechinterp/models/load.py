@@ -20,7 +20,7 @@ EMBEDDED = Path(__file__).parents[1] / "data" / "embedded"
 
 
 def load_model(
-    source: str | Path | nn.Module = "embedded",
+    source: object = "embedded",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
@@ -150,6 +150,6 @@ def _local(source: str | Path) -> Path | None:
     if isinstance(source, Path) or path.suffix == ".gguf" or text[:1] in ("/", ".", "~"):
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileNotFoundError(unknown("file or folder", path.name, beside[:20]))
-    if "/" not in text and get_close_matches(text.lower(), _NAMED, n=1, cutoff=0.75):
+    if "/" not in text and get_close_matches(text.lower(), _NAMED, n=1, cutoff=0.7):
         raise ValueError(unknown("model", text, _NAMED))
     return None

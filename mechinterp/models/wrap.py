@@ -2,7 +2,7 @@
 
 from difflib import get_close_matches
 
-from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources import (
@@ -12,7 +12,7 @@ from transformer_lens.model_bridge.sources import (
 from transformer_lens.utilities.architectures import classify_architecture
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mechinterp.models.adapters import ADAPTERS, register_adapters
+from mechinterp.models.adapters import register_adapters
 
 
 def wrap(
@@ -22,8 +22,9 @@ def wrap(
 ) -> TransformerBridge:
     """Return a bridge that takes ``module`` over: eager attention, eval mode, raw numerics.
 
-    ``name`` is what results will call it. The tokenizer is attached as it is. (transformer-lens' own loading replaces it by one
-    that always adds a beginning-of-sequence token, and may need the network for that.)
+    ``name`` is what results will call it. The tokenizer is attached as it is.
+    (transformer-lens' own loading replaces it by one that always adds a beginning-of-sequence
+    token, and may need the network for that.)
 
     Raises:
         ValueError: The architecture is not supported, or the module is wrapped already.
@@ -35,7 +36,6 @@ def wrap(
             f"this {architecture} is already wrapped by transformer-lens, which has replaced "
             "its layers. Pass the bridge itself, or the module that mi.unwrap(bridge) returns."
         )
-    register_adapters()
     module.set_attn_implementation("eager")
     bridge = build_bridge_from_module(
         module,
@@ -66,8 +66,11 @@ def check_supported(config: object, architecture: str) -> None:
             f"{architecture} is an encoder-decoder model; mechinterp works on decoder-only "
             "language models and on encoders."
         )
-    if architecture not in SUPPORTED_ARCHITECTURES | ADAPTERS:
-        near = get_close_matches(architecture, SUPPORTED_ARCHITECTURES | ADAPTERS, n=3)
+    register_adapters()
+    # The public table lacks what users registered themselves.
+    known = ArchitectureAdapterFactory._adapters
+    if architecture not in known:
+        near = get_close_matches(architecture, known, n=3)
         hint = f" Near: {', '.join(near)}." if near else ""
         raise ValueError(f"transformer-lens has no adapter for {architecture}.{hint}")
     if (kind := classify_architecture(architecture)) in ("audio", "vision"):
