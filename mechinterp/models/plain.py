@@ -85,7 +85,8 @@ def plain(module: nn.Module, done: dict[int, Any] | None = None) -> nn.Module:
     if isinstance(wrapper, UnembeddingBridge):
         _drop_synthetic_bias(new)
     if isinstance(wrapper, JointQKVAttentionBridge):
-        _fuse(wrapper, new)
+        with torch.random.fork_rng(devices=[]):  # cutting makes layers, which draw weights
+            _fuse(wrapper, new)
     return new
 
 
