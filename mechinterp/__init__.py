@@ -9,7 +9,7 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-from mechinterp._version import __version__
+from mechinterp._version import __version__ as __version__
 
 _HOME = {
     "mechinterp.activations": ["Activations"],

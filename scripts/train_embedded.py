@@ -287,7 +287,7 @@ def train(args: argparse.Namespace) -> None:
         print(f"resumed at step {step}")
     run = torch.compile(model) if args.compile else model
     started, tokens = time.time(), 0
-    while step < args.steps:
+    while step < min(args.steps, args.until or args.steps):
         rng = np.random.default_rng([SEED, step])  # the data of a step depend on nothing else
         done = step / args.steps
         length = next(n for n, until in WINDOWS if done < until)
@@ -350,6 +350,7 @@ def main() -> None:
     parser.add_argument("--validation", required=True, help="validation text")
     parser.add_argument("--out", default="embedded-run", help="checkpoints and curve")
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--until", type=int, help="stop at this step of the schedule")
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--decay", type=float, default=0.6, help="share of steps with decay")
     parser.add_argument("--evaluate-every", type=int, default=25)

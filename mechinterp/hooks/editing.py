@@ -1,6 +1,7 @@
 """Edits in force: which values an edit selects in a run, and writing what it puts there."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -12,6 +13,8 @@ from mechinterp.edits import Edit, Replace, Rows
 from mechinterp.hooks.running import Run, Watch
 from mechinterp.sites import head_axis, locate, n_neurons, resolve_heads
 from mechinterp.tasks.positions import PositionSpec, Roles, position_lists
+
+Pairs = list[tuple[list[int], list[int]]]
 
 
 class HookNotFiredError(RuntimeError):
@@ -31,7 +34,7 @@ class Action:
         roles: Roles | None,
     ) -> None:
         self.edit, self.layer, self.noted = edit, layer, noted
-        self.lengths, self.roles = lengths, roles
+        self.roles = roles
         self.place = locate(model, edit.site, layer)
         self.fired = self.acted = False
         if edit.site == "mlp_post":
@@ -48,9 +51,10 @@ class Action:
                 f"the edit of {edit.site} at layer {layer} reads a capture that lacks it: "
                 f"{edit.reads!r}. Capture that layer too, or name layers=."
             )
-        if lengths is not None:
-            self._paired(lengths)  # raises what can be known before anything runs
-            position_lists(edit.key_positions, lengths, roles)
+        self.pairs = self.key_lists = None
+        if lengths is not None:  # what is wrong with the positions is known before any run
+            self.pairs = self._paired(lengths, 0)
+            self.key_lists = position_lists(edit.key_positions, lengths, roles)
 
     def __call__(self, own: Tensor) -> Tensor | None:
         """Return ``own`` with the selected values replaced, all others bit for bit."""
@@ -96,40 +100,41 @@ class Action:
             )
 
     def _selected(self, run: Run) -> tuple[Tensor, Tensor, Rows] | None:
+        first = self.noted.first_row
         if self.edit.positions == "all" and not self.edit.positional:
             batch_row, column = (run.positions >= 0).nonzero(as_tuple=True)  # generated, too
             own = source = run.positions[batch_row, column]
         else:
             found = []
-            for row, pair in enumerate(self._paired(self._lengths(run), run)):
+            for row, pair in enumerate(self._pairs(run)):
                 columns = {p: c for c, p in enumerate(run.positions[row].tolist()) if p >= 0}
                 found += [
                     (row, columns[p], p, s) for p, s in zip(*pair, strict=True) if p in columns
                 ]
-            batch_row, column, own, source = (
-                torch.tensor(found, dtype=torch.long).reshape(-1, 4).T
-            )
+            batch_row, column, own, source = torch.tensor(found).long().reshape(-1, 4).T
         if not len(own):
             return None
         heads = None if self.heads is None else tuple(self.heads)
-        rows = Rows(self.layer, batch_row + self.noted.first_row, own, source, heads)
-        return batch_row, column, rows
+        return batch_row, column, Rows(self.layer, batch_row + first, own, source, heads)
 
-    def _lengths(self, run: Run) -> list[int]:
-        if self.lengths is None:
-            return list(run.prompt_lengths)
-        n = len(run.lengths)
-        mine = list(self.lengths[self.noted.first_row :][:n])
+    def _pairs(self, run: Run) -> Pairs:
+        """Return per row of this run the positions to edit and those to read."""
+        if self.pairs is None:
+            return self._paired(run.prompt_lengths, self.noted.first_row, run)
+        return self._of_run(self.pairs, run)
+
+    def _of_run(self, per_prompt: list[Any], run: Run) -> list[Any]:
+        """Return the entries of the data's prompts that this run is over."""
+        first, n = self.noted.first_row, len(run.lengths)
+        mine = per_prompt[first : first + n]
         if len(mine) != n:
             raise ValueError(
-                f"the edit was given data of {len(self.lengths)} prompts, but the model runs "
-                f"on {n}. Run it on the same prompts."
+                f"the edit was given data of {len(per_prompt)} prompts, but the model runs on "
+                f"{n}. Run it on the same prompts."
             )
         return mine
 
-    def _paired(
-        self, lengths: Sequence[int], run: Run | None = None
-    ) -> list[tuple[list[int], list[int]]]:
+    def _paired(self, lengths: Sequence[int], first: int, run: Run | None = None) -> Pairs:
         """Return per prompt the positions to edit, and those to read from the source.
 
         Without data, ``run`` says how far the prompts reach by now; positions beyond are kept,
@@ -147,7 +152,7 @@ class Action:
         else:
             roles = self.roles if source.roles is None else source.roles
             listed = position_lists(spec, source.lengths, roles)
-            first, n = self.noted.first_row, len(lengths)
+            n = len(lengths)
             theirs = listed * n if len(listed) == 1 else listed[first : first + n]
             if len(theirs) != n:
                 raise ValueError(
@@ -155,13 +160,14 @@ class Action:
                     "one source prompt for each, or a single one for all."
                 )
         return [
-            self._aligned(row, *pair) for row, pair in enumerate(zip(mine, theirs, strict=True))
+            self._aligned(first + row, *pair)
+            for row, pair in enumerate(zip(mine, theirs, strict=True))
         ]
 
     def _positions(
         self, spec: PositionSpec, lengths: Sequence[int], run: Run | None
     ) -> list[list[int]]:
-        if self.lengths is not None or run is None:
+        if run is None:
             return position_lists(spec, lengths, self.roles)
         parts = [spec] if isinstance(spec, str | int | slice) else spec
         lists: list[list[int]] = [[] for _ in lengths]
@@ -173,14 +179,12 @@ class Action:
                 found = [list(range(n))[part] for n in reach]
             else:
                 found = position_lists(part, lengths, self.roles)
-            lists = [
-                [*have, *(p for p in more if p not in have)]
-                for have, more in zip(lists, found, strict=True)
-            ]
+            for have, more in zip(lists, found, strict=True):
+                have += [p for p in more if p not in have]
         return lists
 
     def _aligned(
-        self, row: int, own: list[int], theirs: list[int]
+        self, prompt: int, own: list[int], theirs: list[int]
     ) -> tuple[list[int], list[int]]:
         if len(own) == len(theirs):
             return own, theirs
@@ -189,13 +193,16 @@ class Action:
             return own[-n:], theirs[-n:]
         raise ValueError(
             f"positions={self.edit.positions!r} selects {len(own)} positions of prompt "
-            f"{row + self.noted.first_row} but {len(theirs)} of its source, so they do not "
-            "correspond. Name positions that do, or pass align='last' to pair from the end."
+            f"{prompt} but {len(theirs)} of its source, so they do not correspond. Name "
+            "positions that do, or pass align='last' to pair from the end."
         )
 
     def _keys(self, run: Run, width: int) -> Bool[Tensor, "row key"]:
         """Return the keys that the edit acts on, as columns of this run."""
-        lists = self._positions(self.edit.key_positions, self._lengths(run), run)
+        if self.key_lists is None:
+            lists = self._positions(self.edit.key_positions, run.prompt_lengths, run)
+        else:
+            lists = self._of_run(self.key_lists, run)
         keys = torch.zeros(len(lists), width, dtype=torch.bool)
         for row, (listed, pad) in enumerate(zip(lists, run.left_padding, strict=True)):
             columns = [p + pad for p in listed if p + pad < width]

@@ -11,7 +11,7 @@ act: a plausible number from an untouched model is the classic silent error of t
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +29,6 @@ from mechinterp.sites import locate, resolve_layers
 from mechinterp.tasks.positions import PositionSpec
 from mechinterp.tasks.run import answer_logits
 from mechinterp.tasks.task import Task
-
-AblationKind = Literal["zero", "mean", "position_mean", "resample"]
 
 
 class HookManager:
@@ -222,7 +220,7 @@ class HookManager:
         self,
         site: str,
         *,
-        kind: AblationKind = "zero",
+        kind: str = "zero",
         layers: Ints = None,
         heads: Ints = None,
         positions: PositionSpec = "all",
@@ -232,7 +230,8 @@ class HookManager:
     ) -> AbstractContextManager[TransformerBridge]:
         """Take ``site`` out while the block runs: zeros, means or another prompt's values.
 
-        ``mean_data`` is what ``"mean"`` (over all positions), ``"position_mean"`` (each
+        ``kind`` is ``"zero"``, ``"mean"``, ``"position_mean"`` or ``"resample"``; ``mean_data``
+        is what ``"mean"`` (over all positions), ``"position_mean"`` (each
         position over the prompts) and ``"resample"`` (a random prompt, by ``seed``) draw on.
         """
         where = {"layers": layers, "heads": heads, "positions": positions}
