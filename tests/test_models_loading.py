@@ -9,10 +9,17 @@ import pytest
 import torch
 import zoo
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
+from transformers import (
+    AutoModelForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
 
 import mechinterp as mi
 from mechinterp.models import forward, tokenizer_of
+from mechinterp.models.load import EMBEDDED
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +36,18 @@ def test_a_folder_loads_in_float32_with_its_tokenizer_and_name(folder, as_path):
     assert tokenizer_of(model) is not None
     assert model.cfg.model_name == "tiny"
     assert model.original_model.config._attn_implementation == "eager"
+
+
+@torch.no_grad()
+def test_the_embedded_model_needs_no_download_and_agrees_with_transformers():
+    model = mi.load_model()
+    assert model.cfg.model_name == "embedded"
+    tokenizer = tokenizer_of(model)
+    assert tokenizer is not None
+    tokens = tokenizer("The man went to the", return_tensors="pt").input_ids
+    plain = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).eval()
+    expected = plain(tokens).logits
+    assert (forward(model, tokens) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

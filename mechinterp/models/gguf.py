@@ -90,4 +90,5 @@ def _parsed_once() -> Iterator[Any]:
     try:
         yield reader
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map, vars(slow_path)["tqdm"] = originals
+        gguf.GGUFReader, gguf.get_tensor_name_map = originals[:2]
+        setattr(slow_path, "tqdm", originals[2])  # noqa: B010
