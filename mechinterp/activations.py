@@ -185,17 +185,18 @@ class Activations(Mapping[Key, Tensor]):
         try:
             with safe_open(path, framework="pt") as store:
                 metadata = store.metadata() or {}
-                small = {"index": store.get_tensor("index")} if metadata else {}
+                ours = metadata.get("format") == FORMAT
+                index = store.get_tensor("index") if ours else None
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{path} is cut short or not a safetensors file ({error}). Capture again."
             ) from error
-        if metadata.get("format") != FORMAT:
+        if index is None:
             raise ValueError(
                 f"{path} is a safetensors file, but not of activations: its format is "
                 f"{metadata.get('format')!r}, not {FORMAT!r}."
             )
-        return cls._from_header(json.loads(metadata["header"]), small["index"], _Lazy(path))
+        return cls._from_header(json.loads(metadata["header"]), index, _Lazy(path))
 
     def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return a JSON header and the named tensors, the two halves of a file."""
@@ -214,7 +215,9 @@ class Activations(Mapping[Key, Tensor]):
         return header, tensors
 
     @classmethod
-    def from_parts(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Activations":
+    def from_parts(
+        cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> "Activations":
         """Return the activations that ``to_parts`` took apart."""
         return cls._from_header(header, tensors["index"], tensors)
 

@@ -43,40 +43,38 @@ def vector(seed):
     return torch.randn(8, generator=torch.Generator().manual_seed(seed))
 
 
-def run_of(site="z"):
-    return HookManager(zoo.zoo("gpt2")).capture(zoo.tokens(2, 9, seed=5), site)
-
-
-DONORS = run_of()
-kinds = st.one_of(
-    places.map(lambda p: Zero("z", **p)),
-    st.tuples(places, st.floats(-2, 2)).map(lambda t: Scale("z", t[1], **t[0])),
-    st.tuples(places, st.integers(0, 9)).map(
-        lambda t: Add("z", vector(t[1]), scale=2.0, **t[0])
-    ),
-    st.tuples(places, st.integers(0, 9)).map(lambda t: Project("z", vector(t[1]), **t[0])),
-    st.tuples(places, st.integers(0, 9)).map(lambda t: Replace("z", vector(t[1]), **t[0])),
-    places.map(lambda p: Replace("z", DONORS, align="last", **p)),
-    places.map(lambda p: Replace("z", 0.25, **p)),
-    st.tuples(places, st.booleans()).map(
-        lambda t: Mean("z", DONORS, per_position=t[1], **t[0])
-    ),
-    st.tuples(places, st.integers(0, 9)).map(
-        lambda t: Resample("z", DONORS, seed=t[1], **t[0])
-    ),
+MODEL = zoo.zoo("gpt2")
+DONORS = HookManager(MODEL).capture(zoo.tokens(2, 9, seed=5), "z")
+# Edits are made inside the test: the shape checker draws random numbers, strategies must not.
+MAKERS = {
+    "zero": lambda n, place: Zero("z", **place),
+    "scale": lambda n, place: Scale("z", n / 3, **place),
+    "add": lambda n, place: Add("z", vector(n), scale=2.0, **place),
+    "project": lambda n, place: Project("z", vector(n), **place),
+    "vector": lambda n, place: Replace("z", vector(n), **place),
+    "run": lambda n, place: Replace("z", DONORS, align="last", **place),
+    "number": lambda n, place: Replace("z", n / 4, **place),
+    "mean": lambda n, place: Mean("z", DONORS, per_position=n % 2 == 0, **place),
+    "resample": lambda n, place: Resample("z", DONORS, seed=n, **place),
+}
+recipes = st.lists(
+    st.tuples(st.sampled_from(sorted(MAKERS)), st.integers(0, 9), places),
+    min_size=1,
+    max_size=3,
 )
 
 
 @settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None
 )
-@given(edits=st.lists(kinds, min_size=1, max_size=3))
-def test_an_edit_read_back_is_equal_hashes_alike_and_does_the_same(tmp_path, edits):
+@given(recipes)
+def test_an_edit_read_back_is_equal_hashes_alike_and_does_the_same(tmp_path, recipes):
+    edits = [MAKERS[kind](n, place) for kind, n, place in recipes]
     save_edits(edits, tmp_path / "edits.json")
     loaded = load_edits(tmp_path / "edits.json")
     assert loaded == edits
     assert [hash(e) for e in loaded] == [hash(e) for e in edits]
-    manager, tokens = HookManager(zoo.zoo("gpt2")), zoo.tokens()
+    manager, tokens = HookManager(MODEL), zoo.tokens()
     with torch.no_grad():
         with manager.edit(*edits):
             expected = forward(manager.model, tokens)
