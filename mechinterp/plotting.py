@@ -73,7 +73,8 @@ def heat_grid(
     if ax is None:
         longest = max(map(len, columns), default=1)
         width = min(NOTEBOOK_WIDTH, max(4.2, 1.8 + 0.32 * len(columns)))
-        height = min(8.0, max(2.9, 1.2 + 0.26 * len(rows))) + 0.05 * min(longest, 14)
+        row = 0.26 if len(rows) <= 16 else 0.17
+        height = min(8.0, max(2.9, 1.2 + row * len(rows))) + 0.05 * min(longest, 14)
         ax = new_axes(width, height)
     numbers = np.ma.masked_invalid(np.asarray(values.values, dtype=float))
     top = limit if limit is not None else _limit(numbers)
@@ -126,6 +127,7 @@ def attention_pattern(
     *,
     ax: Axes | None = None,
     title: str = "",
+    colour_bar: bool = True,
 ) -> Axes:
     """Draw one head's attention, queries downwards and keys to the right, white 0 to blue 1."""
     labels = [token_label(t) for t in tokens] if tokens is not None else None
@@ -134,7 +136,7 @@ def attention_pattern(
     rows = labels if labels is not None else [str(i) for i in range(n_query)]
     ax = ax if ax is not None else new_axes(5.6, 5.0)
     mesh = ax.pcolormesh(pattern, cmap=SEQUENTIAL, vmin=0, vmax=1)
-    _finish_grid(ax, mesh, "attention", columns, rows)
+    _finish_grid(ax, mesh, "attention" if colour_bar else None, columns, rows)
     ax.invert_yaxis()
     ax.set_aspect("equal")
     ax.set_xlabel("key position")
@@ -144,16 +146,18 @@ def attention_pattern(
 
 
 def _finish_grid(
-    ax: Axes, mesh: QuadMesh, label: str, columns: Sequence[str], rows: Sequence[str]
+    ax: Axes, mesh: QuadMesh, label: str | None, columns: Sequence[str], rows: Sequence[str]
 ) -> None:
+    """Label a grid and, unless ``label`` is None, its colours."""
     _set_ticks(ax, "x", np.arange(len(columns)) + 0.5, columns)
     _set_ticks(ax, "y", np.arange(len(rows)) + 0.5, rows)
     ax.set_facecolor("0.85")
     ax.spines[:].set_visible(False)
-    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.08, aspect=30)
-    bar.set_label(label, fontsize=9)
-    bar.ax.tick_params(labelsize=_SMALL, length=2)
-    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    if label is not None:
+        bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.08, aspect=30)
+        bar.set_label(label, fontsize=9)
+        bar.ax.tick_params(labelsize=_SMALL, length=2)
+        bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
 
 def _set_ticks(

@@ -1,0 +1,61 @@
+"""The public names for type checkers and editors; ``__init__.py`` loads them lazily."""
+
+from mechinterp import edits as edits
+from mechinterp import metrics as metrics
+from mechinterp._version import __version__ as __version__
+from mechinterp.activations import Activations as Activations
+from mechinterp.catalogue import SiteCatalogue as SiteCatalogue
+from mechinterp.catalogue import sites as sites
+from mechinterp.causal.patching import activation_patching as activation_patching
+from mechinterp.causal.patching_result import PatchingResult as PatchingResult
+from mechinterp.hooks import HookManager as HookManager
+from mechinterp.hooks import HookNotFiredError as HookNotFiredError
+from mechinterp.models import Verification as Verification
+from mechinterp.models import fingerprint as fingerprint
+from mechinterp.models import load_model as load_model
+from mechinterp.models import save_model as save_model
+from mechinterp.models import unwrap as unwrap
+from mechinterp.models import verify as verify
+from mechinterp.results import Convention as Convention
+from mechinterp.results import Result as Result
+from mechinterp.results import load_result as load_result
+from mechinterp.sites import MissingSiteError as MissingSiteError
+from mechinterp.sites import Site as Site
+from mechinterp.tasks import Labelled as Labelled
+from mechinterp.tasks import Prompts as Prompts
+from mechinterp.tasks import Task as Task
+from mechinterp.tasks import Text as Text
+from mechinterp.tasks import load_task as load_task
+from mechinterp.tasks import repeated_tokens as repeated_tokens
+from mechinterp.tasks import tasks as tasks
+
+__all__ = [
+    "Activations",
+    "Convention",
+    "HookManager",
+    "HookNotFiredError",
+    "Labelled",
+    "MissingSiteError",
+    "PatchingResult",
+    "Prompts",
+    "Result",
+    "Site",
+    "SiteCatalogue",
+    "Task",
+    "Text",
+    "Verification",
+    "__version__",
+    "activation_patching",
+    "edits",
+    "fingerprint",
+    "load_model",
+    "load_result",
+    "load_task",
+    "metrics",
+    "repeated_tokens",
+    "save_model",
+    "sites",
+    "tasks",
+    "unwrap",
+    "verify",
+]

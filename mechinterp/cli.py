@@ -1,0 +1,223 @@
+"""The command line: parse, call one public function, show or save what it returns.
+
+torch and the models are imported inside the commands, so that ``--help`` answers at once.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer.main import get_command
+
+from mechinterp._version import __version__
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mechinterp.tasks import PositionSpec
+
+app = typer.Typer(
+    name="mechinterp",
+    help="Find the circuit behind a transformer's behaviour, and prove it causally.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="embedded, smollm2-135m, a hub name, a folder or a .gguf file.",
+    ),
+]
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        typer.echo(f"mechinterp {__version__}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for figures and results.")] = Path(
+        "mechinterp-quickstart"
+    ),
+) -> None:
+    """Find the induction heads of the embedded model, and see what they are for."""
+    from mechinterp.quickstart import quickstart as run
+
+    run(out)
+
+
+@app.command("sites")
+def list_sites(model: ModelArgument = "embedded") -> None:
+    """List where MODEL's activations can be read and changed, and why not elsewhere."""
+    import mechinterp as mi
+
+    found = mi.sites(mi.load_model(model))
+    _print_table(f"Sites of {found.model_name}", found.to_frame())
+
+
+@app.command("tasks")
+def list_tasks(model: ModelArgument = "embedded") -> None:
+    """List which tasks MODEL can run, on how many prompts, and how well."""
+    import mechinterp as mi
+
+    found = mi.tasks(mi.load_model(model))
+    frame = found.to_frame()
+    frame["accuracy"] = [f"{x:.0%}" if x == x else "" for x in frame["accuracy"].astype(float)]
+    _print_table(f"Tasks for {found.model_name}", frame)
+
+
+@app.command()
+def patch(
+    model: ModelArgument,
+    task: Annotated[
+        str, typer.Argument(metavar="TASK", help="A built-in task, or a .jsonl file.")
+    ],
+    site: Annotated[str, typer.Argument(metavar="SITE", help="z, resid_pre, pattern, ...")],
+    direction: Annotated[str, typer.Option(help="denoising or noising.")] = "denoising",
+    positions: Annotated[
+        str,
+        typer.Option(help="each, all, role names, integers or start:stop, with commas."),
+    ] = "each",
+    layers: Annotated[str | None, typer.Option(help="Layers: 3, 1,4 or 0:6.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Heads: 3, 1,4 or 0:6.")] = None,
+    metric: Annotated[str | None, typer.Option(help="A metric; the task's by default.")] = None,
+    align: Annotated[
+        str, typer.Option(help="How unequal spans pair: exact or last.")
+    ] = "exact",
+    n: Annotated[int | None, typer.Option(help="How many prompts; all by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Which prompts are drawn.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Save the result here (.nc), and its figure beside it.")
+    ] = None,
+) -> None:
+    """Patch SITE of MODEL on TASK, one cell at a time, and rank the cells."""
+    if out is not None and not out.absolute().parent.is_dir():
+        raise ValueError(f"the folder {out.absolute().parent} does not exist. Create it first.")
+    where = _positions(positions)
+    swept = {"layers": _integers("layers", layers), "heads": _integers("heads", heads)}
+
+    import mechinterp as mi
+
+    loaded = mi.load_model(model)
+    data = (
+        mi.Task.from_jsonl(task, loaded)
+        if task.endswith(".jsonl")
+        else mi.load_task(task, loaded, n, seed)
+    )
+    result = mi.activation_patching(
+        loaded,
+        data,
+        site,
+        direction=direction,
+        positions=where,
+        metric=metric,
+        align=align,
+        **swept,
+    )
+    name, unit = next(iter(result.convention.metrics.items()))
+    means = {run: float(result.data[run].mean()) for run in ("clean", "corrupted")}
+    _print_table(
+        f"{site}, {direction}, {data.name}: {len(data)} prompts. Mean {name} ({unit}): "
+        f"clean {means['clean']:.3f}, corrupted {means['corrupted']:.3f}",
+        result.top(10),
+    )
+    if out is not None:
+        result.save(out)
+        figure = result.plot().get_figure(root=True)
+        assert figure is not None
+        figure.savefig(out.with_suffix(".png"), dpi=150)
+        typer.echo(f"Saved {out} and {out.with_suffix('.png')}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; what the user got wrong is one line on stderr and exit code 2."""
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        code = get_command(app)(given, standalone_mode=False)
+    except typer.TyperException as error:
+        _fail(error.format_message())
+    except (ValueError, TypeError, OSError) as error:
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("mechinterp: interrupted", err=True)
+        sys.exit(130)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    typer.echo("mechinterp: " + " ".join(message.split()), err=True)
+    sys.exit(2)
+
+
+def _positions(text: str) -> "PositionSpec":
+    """Read ``each``, ``all``, ``end``, ``io,end``, ``-1``, ``3,5`` or ``2:6``."""
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) == 1:
+        return _slice(text) or _name_or_integer(parts[0])
+    return [_name_or_integer(part) for part in parts]
+
+
+def _name_or_integer(part: str) -> str | int:
+    return int(part) if part.removeprefix("-").isdecimal() else part
+
+
+def _integers(option: str, text: str | None) -> int | list[int] | None:
+    """Read ``3``, ``1,4`` or ``0:6``."""
+    if text is None:
+        return None
+    span = _slice(text)
+    if span is not None and span.stop is not None:
+        return list(range(span.start or 0, span.stop, span.step or 1))
+    parts = [_name_or_integer(part.strip()) for part in text.split(",")]
+    numbers = [part for part in parts if isinstance(part, int)]
+    if len(numbers) < len(parts):
+        raise ValueError(f"--{option} {text!r} is not a list of numbers. Pass 3, 1,4 or 0:6.")
+    return numbers
+
+
+def _slice(text: str) -> slice | None:
+    bounds = [bound.strip() for bound in text.split(":")]
+    if not 2 <= len(bounds) <= 3:
+        return None
+    if any(bound and not bound.removeprefix("-").isdecimal() for bound in bounds):
+        return None
+    return slice(*[int(bound) if bound else None for bound in bounds])
+
+
+def _print_table(title: str, frame: "pd.DataFrame") -> None:
+    """Print a frame as a table as wide as the terminal; 160 columns where there is none."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in frame.columns:
+        table.add_column(str(column), overflow="fold")
+    for row in frame.itertuples(index=False):
+        table.add_row(*[_cell(value) for value in row])
+    console.print(table)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,188 @@
+"""What every public method keeps to, checked the same way for all of them.
+
+A method is a public function that returns a ``Result``. Each one has an entry in ``METHODS``;
+``test_conformance`` runs ``check_method`` on each and fails when one has no entry.
+"""
+
+import inspect
+import typing
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from transformer_lens.model_bridge import TransformerBridge
+from zoo import tokens
+
+import mechinterp as mi
+from mechinterp.results import Convention, Result
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to call a public method in the checks.
+
+    Attributes:
+        data: Makes the data that the method runs on.
+        arguments: What it needs beside model and data.
+        idle: Makes data on which its edits change nothing, so every effect is zero; None for
+            a method that edits nothing.
+        bad: Makes data on which it raises in the middle of its runs.
+    """
+
+    data: Callable[[TransformerBridge], Any]
+    bad: Callable[[TransformerBridge], Any]
+    idle: Callable[[TransformerBridge], Any] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def pair(model: TransformerBridge, *, same: bool = False, **fields: Any) -> mi.Task:
+    """A task of four random prompts, corrupted by other random prompts or by themselves."""
+    return mi.Task.from_tokens(
+        model,
+        clean=tokens(4, 6, seed=1),
+        corrupted=tokens(4, 6, seed=1 if same else 2),
+        answers=[3, 4, 5, 6],
+        distractors=[7, 8, 9, 10],
+        **fields,
+    )
+
+
+class Broken(Exception):
+    """Raised by a metric in the middle of a method's runs."""
+
+
+def failing_pair(model: TransformerBridge) -> mi.Task:
+    """A task whose metric fails the third time that it is asked."""
+    asked = []
+
+    def metric(logits: torch.Tensor, targets: Any) -> torch.Tensor:
+        asked.append(1)
+        if len(asked) == 3:
+            raise Broken
+        return logits[:, 0]
+
+    return pair(model, metric=metric)
+
+
+METHODS: dict[str, Method] = {
+    "activation_patching": Method(
+        data=pair,
+        bad=failing_pair,
+        idle=lambda model: pair(model, same=True),
+        arguments={"site": "z", "positions": ["end"]},
+    ),
+}
+
+
+def public_methods() -> dict[str, Callable[..., Result]]:
+    """Every public function whose annotation says that it returns a ``Result``."""
+    found = {}
+    for name in mi.__all__:
+        candidate = getattr(mi, name)
+        if inspect.isfunction(candidate) and name != "load_result":
+            returned = typing.get_type_hints(candidate).get("return")
+            parts = typing.get_args(returned) or (returned,)
+            if any(isinstance(part, type) and issubclass(part, Result) for part in parts):
+                found[name] = candidate
+    return found
+
+
+def check_method(
+    function: Callable[..., Result], method: Method, model: TransformerBridge, folder: Path
+) -> None:
+    """Fail unless ``function`` keeps to what every method of the package promises."""
+    _takes_model_then_data(function)
+    seed = {"seed": 1} if "seed" in inspect.signature(function).parameters else {}
+
+    def call(data: Any) -> Result:
+        return function(model, data, **method.arguments, **seed)
+
+    data = method.data(model)
+    data.logits(model)  # the first run of a model installs what transformers keeps on it
+    before = _state(model)
+    result = call(data)
+    assert _state(model) == before, "the method changed the model or its hooks"
+    _leaves_the_model_when_it_raises(call, method, model)
+    assert call(data).equals(result), "the same call gave another result"
+    _is_labelled(result)
+    _records_its_convention(result, function.__name__, model)
+    path = result.save(folder / "result.nc")
+    assert type(result).load(path).equals(result), "a saved result came back changed"
+    assert mi.load_result(path).equals(result), "load_result gave another value"
+    _draws_and_tabulates(result)
+    if method.idle is not None:
+        assert bool((call(method.idle(model)).effect == 0).all()), "an idle edit had an effect"
+
+
+def _takes_model_then_data(function: Callable[..., Result]) -> None:
+    names = list(inspect.signature(function).parameters)
+    assert names[:2] == ["model", "data"], f"takes {names[:2]} first, not model and data"
+
+
+def _leaves_the_model_when_it_raises(
+    call: Callable[[Any], Result], method: Method, model: TransformerBridge
+) -> None:
+    before = _state(model)
+    try:
+        call(method.bad(model))
+    except Broken:
+        assert _state(model) == before, "the method left something behind when it raised"
+    else:
+        raise AssertionError("the data meant to break the method did not")
+
+
+def _is_labelled(result: Result) -> None:
+    assert isinstance(result, Result)
+    for name, array in result.data.data_vars.items():
+        unlabelled = [dim for dim in array.dims if dim not in result.data.coords]
+        assert not unlabelled, f"{name} has axes without labels: {unlabelled}"
+
+
+def _records_its_convention(result: Result, name: str, model: TransformerBridge) -> None:
+    made = result.convention
+    assert isinstance(made, Convention)
+    assert made.method == name
+    assert made.fingerprint == mi.fingerprint(model)
+    assert made.dtype == str(next(model.parameters()).dtype).removeprefix("torch.")
+    assert made.model and made.data and made.bos and made.versions["transformer-lens"]
+
+
+def _draws_and_tabulates(result: Result) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ax = result.plot()
+    assert isinstance(ax, Axes) and ax.get_xlabel() and ax.get_ylabel() and ax.get_title("left")
+    given = mi_axes()
+    assert result.plot(given) is given
+    frame = result.to_frame()
+    assert len(frame) == max(array.size for array in result.data.data_vars.values())
+    assert set(map(str, result.data.dims)) <= set(frame.columns)
+    top = result.top(3)
+    assert len(top) == min(3, result.effect.size) and "effect" in top.columns
+    assert list(top["effect"].abs()) == sorted(top["effect"].abs(), reverse=True)
+
+
+def mi_axes() -> Axes:
+    """Axes that a user might hand in."""
+    from matplotlib.figure import Figure
+
+    return Figure().add_subplot()
+
+
+def _state(model: TransformerBridge) -> tuple[Any, ...]:
+    """All that a method must leave alone: weights, modes, gradients, hooks, random state."""
+    hooks = {
+        name: (len(point.fwd_hooks), len(point.bwd_hooks))
+        for name, point in model.hook_dict.items()
+    }
+    modules = [
+        (m.training, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+        for m in model.modules()
+    ]
+    parameters = [(p.requires_grad, p.grad is None, p._version) for p in model.parameters()]
+    flags = (torch.is_grad_enabled(), torch.get_rng_state().sum().item())
+    return hooks, modules, parameters, flags, mi.fingerprint(model), sorted(vars(model))

@@ -1,0 +1,210 @@
+"""The command line: a skin that starts fast, parses, and says in one line what is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from zoo import zoo
+
+import mechinterp as mi
+from mechinterp import cli
+from mechinterp.models import load_model as real_load_model
+from mechinterp.quickstart import quickstart
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Every model the command line asks for is this one."""
+    from mechinterp import models
+
+    model = real_load_model(zoo("native_attn"))
+
+    def load(source: object, **_: object) -> Any:
+        return model
+
+    monkeypatch.setattr(models, "load_model", load)
+    monkeypatch.setattr(sys.modules["mechinterp.quickstart"], "load_model", load)
+    return model
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    return int(exit_.value.code or 0)
+
+
+def test_help_answers_without_torch_or_transformer_lens():
+    code = """
+import sys
+from mechinterp.cli import main
+try:
+    main(["--help"])
+except SystemExit as exit_:
+    assert exit_.code == 0
+heavy = {"torch", "transformers", "transformer_lens", "xarray", "pandas", "matplotlib"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("quickstart", "sites", "tasks", "patch"):
+        assert command in done.stdout
+
+
+def test_the_installed_command_knows_its_version():
+    command = Path(sys.executable).with_name("mechinterp")
+    done = subprocess.run([str(command), "--version"], capture_output=True, text=True)
+    assert done.stdout == f"mechinterp {mi.__version__}\n"
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    assert run() == 0
+    assert "quickstart" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["quikstart"], "Did you mean 'quickstart'"),
+        (["patch", "embedded"], "Missing argument 'TASK'"),
+        (["patch", "embedded", "induction", "z", "--direktion", "noising"], "--direction"),
+        (["patch", "embedded", "induction", "z", "--layers", "some"], "--layers 'some'"),
+        (["patch", "embedded", "induction", "z", "--n", "many"], "Invalid value for '--n'"),
+        (["patch", "x", "induction", "z", "--out", "/no/such/place/a.nc"], "does not exist"),
+        (["sites", "embeded"], "Did you mean 'embedded'"),
+    ],
+)
+def test_wrong_arguments_give_one_line_and_exit_code_2(arguments, says, capsys):
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["inductoin", "z"], "Did you mean 'induction'"),
+        (["induction", "zz"], "unknown site 'zz'"),
+        (["induction", "z", "--direction", "noise"], "Did you mean 'noising'"),
+        (["induction", "z", "--layers", "7"], "the model has layers 0..2"),
+        (["induction", "z", "--positions", "ende"], "Did you mean 'end'"),
+        (["induction", "z", "--metric", "logits"], "Did you mean 'logit'"),
+    ],
+)
+def test_what_the_model_or_task_lacks_is_one_line_too(arguments, says, tiny, capsys):
+    assert run("patch", "tiny", *arguments) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_patch_prints_the_top_cells_and_saves_what_the_function_returns(tiny, tmp_path, capsys):
+    out = tmp_path / "a.nc"
+    arguments = ["--positions", "current,end", "--layers", "0:2", "--n", "3", "--out", str(out)]
+    assert run("patch", "tiny", "induction", "resid_pre", *arguments) == 0
+    task = mi.load_task("induction", tiny, 3)
+    positions = ["current", "end"]
+    expected = mi.activation_patching(
+        tiny, task, "resid_pre", positions=positions, layers=[0, 1]
+    )
+    assert mi.load_result(out).equals(expected)
+    assert out.with_suffix(".png").stat().st_size > 5_000
+    printed = capsys.readouterr().out
+    assert "position" in printed and "current" in printed and "Mean logit_diff" in printed
+
+
+def test_sites_and_tasks_are_listed(tiny, capsys):
+    assert run("sites", "tiny") == 0
+    printed = capsys.readouterr().out
+    assert "resid_pre" in printed and "has no MLP" in printed
+    assert run("tasks", "tiny") == 0
+    printed = capsys.readouterr().out
+    assert "induction" in printed and "no tokenizer" in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "means"),
+    [
+        ("each", "each"),
+        ("io, end", ["io", "end"]),
+        ("-1", -1),
+        ("2,-3", [2, -3]),
+        ("2:6", slice(2, 6)),
+        (":-1", slice(None, -1)),
+    ],
+)
+def test_positions_are_read_as_in_python(text, means):
+    assert cli._positions(text) == means
+
+
+def test_layers_are_read_as_numbers_lists_and_ranges():
+    read = [cli._integers("layers", text) for text in ("3", "1,4", "0:3", "-1")]
+    assert read == [[3], [1, 4], [0, 1, 2], [-1]]
+
+
+# ------------------------------------------------------------------------------- quickstart
+
+
+def test_quickstart_writes_an_account_figures_and_results(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules["mechinterp.quickstart"], "_LENGTH", 12)
+    assert run("quickstart") == 0
+    folder = tmp_path / "mechinterp-quickstart"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "ablation.png",
+        "account.txt",
+        "attention.png",
+        "losses.json",
+        "patching.nc",
+        "patching.png",
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["mechinterp-quickstart"]
+    printed = capsys.readouterr().out
+    assert (folder / "account.txt").read_text() in printed
+    result = mi.load_result(folder / "patching.nc")
+    assert result.convention.site == "z" and result.data["patched"].dims[1:] == (
+        "layer",
+        "head",
+    )
+    losses = json.loads((folder / "losses.json").read_text())
+    assert len(losses["intact"]) == 23 and len(losses["control"]) == 8
+
+
+def test_quickstart_leaves_nothing_half_done(tiny, tmp_path, monkeypatch):
+    module = sys.modules["mechinterp.quickstart"]
+    monkeypatch.setattr(module, "_LENGTH", 12)
+    quiet = Console(quiet=True)
+    out = quickstart(tmp_path / "out", console=quiet)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    monkeypatch.setattr(
+        module, "_ablate", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+    )
+    for target in (out, tmp_path / "new"):
+        with pytest.raises(OSError, match="disk full"):
+            quickstart(target, console=quiet)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_quickstart_does_not_touch_a_folder_of_other_things(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="holds other files"):
+        quickstart(tmp_path)
+    with pytest.raises(FileExistsError, match="is a file"):
+        quickstart(tmp_path / "thesis.tex")
+
+
+def test_the_attention_to_the_successor_is_one_for_an_ideal_induction_head():
+    import torch
+
+    from mechinterp.quickstart import _attention_at
+
+    period, length = 4, 9  # a BOS and two copies of four tokens
+    pattern = torch.zeros(1, length, length)
+    pattern[0, :, 0] = 1.0
+    for query in range(1 + period, length):
+        pattern[0, query] = 0
+        pattern[0, query, query - period + 1] = 1.0
+    assert _attention_at(pattern, period, period - 1).item() == 1.0
