@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 import struct
+from typing import Any, cast
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_a_folder_loads_in_float32_with_its_tokenizer_and_name(folder, as_path):
     assert model.original_model.dtype == torch.float32
     assert tokenizer_of(model) is not None
     assert model.cfg.model_name == "tiny"
-    assert model.original_model.config._attn_implementation == "eager"
+    assert cast(Any, model.original_model).config._attn_implementation == "eager"
 
 
 @torch.no_grad()
