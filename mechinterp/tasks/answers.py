@@ -6,6 +6,7 @@ that mark the beginning of a text would otherwise split every word.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -20,27 +21,42 @@ Answer = str | int | Sequence[str | int]
 def answer_tokens(model: TransformerBridge, answer: str, prompt: str | None) -> list[int]:
     """Return the tokens of an answer, after its prompt where that makes a difference."""
     tokenizer = require_tokenizer(model)
-
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    alone = ids(answer)
+    alone = _ids(tokenizer, answer)
     if len(alone) == 1 or prompt is None:
         return alone
-    before, after = ids(prompt), ids(prompt + answer)
+    before, after = _ids(tokenizer, prompt), _ids(tokenizer, prompt + answer)
     return after[len(before) :] if after[: len(before)] == before else alone
 
 
-def why_not_one_token(model: TransformerBridge, answer: str, prompt: str | None) -> str | None:
-    """Return what is wrong with an answer string, or None when it is one known token."""
+def one_token(model: TransformerBridge, answer: str, prompt: str | None) -> int:
+    """Return the single token of an answer.
+
+    Raises:
+        ValueError: It is several tokens, which are shown, none, or not in the vocabulary.
+    """
     tokens = answer_tokens(model, answer, prompt)
     if len(tokens) != 1:
         shown = " ".join(map(repr, token_strings(model, tokens)))
-        return f"{answer!r} is {len(tokens)} tokens: {shown}" if tokens else "'' is no token"
+        raise ValueError(
+            f"{answer!r} is {len(tokens)} tokens: {shown}" if tokens else "'' is no token"
+        )
     tokenizer = require_tokenizer(model)
     if tokens[0] == tokenizer.unk_token_id and answer != tokenizer.unk_token:
-        return f"{answer!r} is not in this tokenizer's vocabulary"
-    return None
+        raise ValueError(f"{answer!r} is not in this tokenizer's vocabulary")
+    return tokens[0]
+
+
+def single_tokens(model: TransformerBridge, answers: Sequence[str]) -> dict[str, int]:
+    """Return those answers that are one known token whatever stands before them."""
+    if not answers:
+        return {}
+    tokenizer = require_tokenizer(model)
+    rows = tokenizer(list(answers), add_special_tokens=False, verbose=False)["input_ids"]
+    return {
+        answer: row[0]
+        for answer, row in zip(answers, rows, strict=True)
+        if len(row) == 1 and row[0] != tokenizer.unk_token_id
+    }
 
 
 def token_sets(
@@ -105,12 +121,16 @@ def _one(
             f"{kind} {answer} of prompt {index} does not exist: this model's vocabulary has "
             f"ids 0..{model.cfg.d_vocab - 1}."
         )
-    tokens = answer_tokens(model, answer, prompt)
-    if first_token and len(tokens) > 1:
+    if first_token and len(tokens := answer_tokens(model, answer, prompt)) > 1:
         return tokens[0]
-    if wrong := why_not_one_token(model, answer, prompt):
+    try:
+        return one_token(model, answer, prompt)
+    except ValueError as wrong:
         raise ValueError(
             f"{kind} of prompt {index}: {wrong}. Choose another (mind its leading space), or "
             "pass first_token=True to compare first tokens."
-        )
-    return tokens[0]
+        ) from None
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

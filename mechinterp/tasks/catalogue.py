@@ -131,7 +131,7 @@ def tasks(model: TransformerBridge, *, n: int = 64) -> TaskTable:
     for name in BUILTIN:
         try:
             task = load_task(name, model)
-            tried = draw(task, min(n, len(task)), seed=0)
+            tried = task[draw(name, len(task), min(n, len(task)), seed=0)]
             right = apply_metric("accuracy", accuracy, tried.logits(model), tried.targets())
         except ValueError as error:
             entries.append(TaskEntry(name, False, 0, None, str(error)))

@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp.models import is_causal
-from mechinterp.tasks.answers import Answer, why_not_one_token
+from mechinterp.tasks.answers import Answer, one_token, single_tokens
 from mechinterp.tasks.prompts import require_tokenizer
 from mechinterp.tasks.task import Task
 
@@ -73,22 +73,18 @@ def task_from_pairs(
         ValueError: No pair is left, or fewer than ``n``.
     """
     ending = "" if is_causal(model) else f" {_mask_token(model)}."
-    reasons = Counter(dropped or {})
-    usable: list[Pair] = []
-    example = ""
-    for pair in pairs:
-        wrong = None if first_token else _why_unusable(model, pair)
-        if wrong is None:
-            usable.append(pair)
-        else:
-            reasons["an answer is not a single token"] += 1
-            example = example or f", for instance {wrong}"
-    if not usable:
-        why = "; ".join(f"{count}: {reason}" for reason, count in reasons.items())
-        advice = " Pass first_token=True to compare first tokens." if example else ""
-        raise ValueError(
-            f"no prompt of {name!r} suits this tokenizer ({why}{example}).{advice}"
-        )
+    usable, reasons = list(pairs), Counter(dropped or {})
+    if not first_token:
+        usable, why = _with_token_ids(model, usable)
+        reasons.update(["an answer is not a single token"] * len(why))
+        if not usable:
+            told = "; ".join(f"{count}: {reason}" for reason, count in reasons.items())
+            example = f", for instance {why[0]}" if why else ""
+            advice = " Pass first_token=True to compare first tokens." if why else ""
+            raise ValueError(
+                f"no prompt of {name!r} suits this tokenizer: {told}{example}.{advice}"
+            )
+        usable = [usable[i] for i in draw(name, len(usable), n, seed)]
     clean = [fill(pair.frame + ending, pair.clean) for pair in usable]
     corrupted = [fill(pair.frame + ending, pair.corrupted) for pair in usable]
     task = Task.from_strings(
@@ -105,38 +101,62 @@ def task_from_pairs(
         info={"dropped": dict(reasons)},
         **fields,
     )
-    return draw(task, n, seed)
+    # Whose first tokens collide is known only now.
+    return task[draw(name, len(task), n, seed)] if first_token else task
 
 
-def draw(task: Task, n: int | None, seed: int) -> Task:
-    """Return ``n`` prompts of a task, the same ones for the same seed; all when ``n`` is None.
+def draw(name: str, available: int, n: int | None, seed: int) -> list[int]:
+    """Return which ``n`` of the available prompts to take: the same ones for the same seed.
 
     Raises:
-        ValueError: The task has fewer, or ``n`` is not positive.
+        ValueError: There are fewer, or ``n`` is not positive.
     """
-    if n is None or n == len(task):
-        return task
-    if not 0 < n < len(task):
+    if n is None:
+        return list(range(available))
+    if not 0 < n <= available:
         raise ValueError(
-            f"n={n} prompts of {task.name!r} were asked for, but {len(task)} suit this model. "
-            f"Pass 1..{len(task)}, or leave n out."
+            f"n={n} prompts of {name!r} were asked for, but {available} suit this model. "
+            f"Pass 1..{available}, or leave n out."
         )
-    order = torch.randperm(len(task), generator=torch.Generator().manual_seed(seed))
-    return task[sorted(order[:n].tolist())]
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    return sorted(order[:n].tolist())
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {role: [row[role] for row in rows] for role in rows[0]}
 
 
-def _why_unusable(model: TransformerBridge, pair: Pair) -> str | None:
-    """Return what is wrong with the first answer or distractor that is not one token."""
-    prompt = fill(pair.frame, pair.clean)[0]
-    for given in (pair.answers, pair.distractors):
-        for answer in [given] if isinstance(given, str | int) else given:
-            if isinstance(answer, str) and (wrong := why_not_one_token(model, answer, prompt)):
-                return wrong
-    return None
+def _with_token_ids(
+    model: TransformerBridge, pairs: Sequence[Pair]
+) -> tuple[list[Pair], list[str]]:
+    """Return the pairs whose answers are single tokens, as ids, and what is wrong otherwise."""
+    sets = [given for pair in pairs for given in (pair.answers, pair.distractors)]
+    strings = {each for given in sets for each in _listed(given) if isinstance(each, str)}
+    ids = single_tokens(model, sorted(strings))
+    usable, wrong = [], []
+    for pair in pairs:
+        try:
+            answers = _ids(model, pair, pair.answers, ids)
+            distractors = _ids(model, pair, pair.distractors, ids)
+        except ValueError as error:
+            wrong.append(str(error))
+        else:
+            usable.append(replace(pair, answers=answers, distractors=distractors))
+    return usable, wrong
+
+
+def _ids(
+    model: TransformerBridge, pair: Pair, given: Answer, ids: Mapping[str, int]
+) -> list[int]:
+    prompt, _ = fill(pair.frame, pair.clean)
+    return [
+        each if isinstance(each, int) else ids.get(each) or one_token(model, each, prompt)
+        for each in _listed(given)
+    ]
+
+
+def _listed(given: Answer) -> Sequence[str | int]:
+    return [given] if isinstance(given, str | int) else given
 
 
 def _mask_token(model: TransformerBridge) -> str:

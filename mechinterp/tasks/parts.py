@@ -139,18 +139,18 @@ def collisions(
 
 def take(fields: Mapping[str, Any], index: Sequence[int]) -> dict[str, Any]:
     """Return those fields of a task that go by prompt, for some of its prompts."""
+    return {name: _part(fields[name], index) for name in _PER_PROMPT if name in fields}
 
-    def part(value: Any) -> Any:
-        if isinstance(value, Prompts):
-            return value[index]
-        if isinstance(value, Tensor):
-            chosen = value[torch.tensor(index)]
-            return chosen[:, (chosen >= 0).any(0)]
-        if isinstance(value, Mapping):
-            return {role: part(spans) for role, spans in value.items()}
-        return tuple(value[i] for i in index) if value else value
 
-    return {name: part(fields[name]) for name in _PER_PROMPT if name in fields}
+def _part(value: Any, index: Sequence[int]) -> Any:
+    if isinstance(value, Prompts):
+        return value[index]
+    if isinstance(value, Tensor):
+        chosen = value[torch.tensor(index)]
+        return chosen[:, (chosen >= 0).any(0)]
+    if isinstance(value, Mapping):
+        return {role: _part(spans, index) for role, spans in value.items()}
+    return tuple(value[i] for i in index) if value else value
 
 
 def _answered(

@@ -149,6 +149,8 @@ def encode(
     Raises:
         ValueError: The model has no tokenizer, or a BOS is asked for and it has none.
     """
+    if not texts:
+        raise ValueError("there are no prompts. Pass at least one.")
     tokenizer = require_tokenizer(model)
     bos_id = tokenizer.bos_token_id
     own = _tokenise(tokenizer, texts, special=True)

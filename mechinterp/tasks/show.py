@@ -18,15 +18,17 @@ def show_task(task: Task, n: int, console: Console | None = None) -> None:
     Tokens are parted by ``|``; a role's span is written ``[role: tokens]``.
     """
     console = console or Console()
-    console.print(Text(repr(task), style="bold"))
+    lines = [Text(repr(task), style="bold")]
     for i in range(min(n, len(task))):
-        console.print(marked(_words(task, task.clean.rows[i]), task.roles, i, "clean     "))
+        lines.append(marked(_words(task, task.clean.rows[i]), task.roles, i, "clean     "))
         if task.corrupted is not None and task.corrupted_roles is not None:
             row = _words(task, task.corrupted.rows[i])
-            console.print(marked(row, task.corrupted_roles, i, "corrupted "))
-        console.print(Text(_expected(task, i), style="dim"))
+            lines.append(marked(row, task.corrupted_roles, i, "corrupted "))
+        lines.append(Text(_expected(task, i), style="dim"))
     if n < len(task):
-        console.print(Text(f"... and {len(task) - n} more prompts", style="dim"))
+        lines.append(Text(f"... and {len(task) - n} more prompts", style="dim"))
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 def marked(words: Sequence[str], roles: Roles, prompt: int, label: str) -> Text:

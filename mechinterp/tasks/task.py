@@ -287,7 +287,7 @@ class Task:
         runs = "corrupted prompts" if self.corrupted is not None else "no corrupted prompts"
         if self.corruption:
             runs = f"corrupted by {len(self.corruption)} edits"
-        notes = [f"dropped {n}: {why}" for why, n in self.info.get("dropped", {}).items()]
+        notes = [f"dropped {n}: {why}" for why, n in self.info.get("dropped", {}).items() if n]
         if filtered := self.info.get("filtered"):
             notes.append(
                 f"kept {filtered['kept']} of {filtered['of']} that the model gets right"
