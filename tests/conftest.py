@@ -4,3 +4,6 @@ import os
 
 # No test may reach for the network; what is not on this machine is skipped with a reason.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Two test processes share two cores, and tiny models gain nothing from more threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
