@@ -9,6 +9,7 @@ import transformers as tf
 import zoo
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+from mechinterp.metrics import logit_diff
 from mechinterp.models import forward, load_model
 from mechinterp.tasks import load_task, repeated_tokens, tasks
 from mechinterp.tasks.catalogue import BUILTIN
@@ -133,9 +134,8 @@ def test_greater_than_with_two_digit_tokens_splits_all_years(pairs_of_digits):
         later = {int(t) for t in decode(tokens(task.answers, i))}
         others = {int(t) for t in decode(tokens(task.distractors, i))}
         assert later == set(range(year + 1, 100)) and others == set(range(year + 1))
-        assert (
-            spelled(pairs_of_digits, task.corrupted, i, task.corrupted_roles["year"][i]) == "01"
-        )
+        prompts, roles = corrupted(task)
+        assert spelled(pairs_of_digits, prompts, i, roles["year"][i]) == "01"
 
 
 def test_greater_than_with_single_digits_asks_for_the_tens(single_digits):
@@ -266,7 +266,8 @@ def test_the_table_says_what_runs_how_well_and_why_not(single_digits):
     assert table["ioi"].prompts == len(task) and 0 <= (table["ioi"].accuracy or 0) <= 1
     bare = tasks(zoo.zoo("gpt2"), n=4)
     assert bare["induction"].runs and not bare["ioi"].runs
-    assert "no tokenizer" in bare["ioi"].why_not and "no tokenizer" in repr(bare)
+    assert "no tokenizer" in bare["ioi"].why_not
+    assert f"{', '.join(list(BUILTIN)[1:])}: this model has no tokenizer" in repr(bare)
     with pytest.raises(KeyError, match="Did you mean 'ioi'"):
         bare["iou"]
 
@@ -304,7 +305,7 @@ def smollm2():
 @pytest.mark.parametrize(
     ("name", "at_least"),
     [
-        ("induction", 0.95),
+        ("induction", 0.9),
         ("ioi", 0.85),
         ("greater_than", 0.9),
         ("subject_verb_agreement", 0.8),
@@ -313,14 +314,12 @@ def smollm2():
     ],
 )
 def test_a_real_model_gets_most_of_each_task_right(smollm2, name, at_least):
-    assert tasks(smollm2)[name].accuracy >= at_least
+    assert table_for(smollm2)[name].accuracy >= at_least
 
 
 @pytest.mark.slow
 def test_ioi_has_a_clearly_positive_logit_difference_on_a_real_model(smollm2):
     task = load("ioi", smollm2, n=100)
-    from mechinterp.metrics import logit_diff
-
     clean = logit_diff(task.logits(smollm2), task.targets())
     corrupted = logit_diff(task.logits(smollm2, "corrupted"), task.targets())
     error = float(clean.std()) / 10

@@ -73,13 +73,18 @@ class TaskTable:
         )
 
     def __repr__(self) -> str:
-        frame = self.to_frame()
+        frame = self.to_frame().drop(columns="why not")
         frame["runs"] = ["yes" if e.runs else "no" for e in self.entries]
         frame["accuracy"] = [
             "" if e.accuracy is None else f"{e.accuracy:.0%}" for e in self.entries
         ]
-        table = frame.to_string(index=False, justify="left", max_colwidth=96)
-        return f"Tasks for {self.model_name}\n{table}"
+        names_by_reason: dict[str, list[str]] = {}
+        for each in self.entries:
+            if not each.runs:
+                names_by_reason.setdefault(each.why_not, []).append(each.name)
+        table = frame.to_string(index=False)
+        reasons = [f"{', '.join(names)}: {why}" for why, names in names_by_reason.items()]
+        return "\n".join([f"Tasks for {self.model_name}", table, *reasons])
 
 
 def load_task(

@@ -200,8 +200,6 @@ def _tokenise(tokenizer: Any, texts: Sequence[str], *, special: bool) -> Encoded
         list(texts),
         add_special_tokens=special,
         return_offsets_mapping=fast,
-        truncation=False,  # some tokenizer files switch it on
-        padding=False,
         verbose=False,
     )
     spans = [[tuple(span) for span in row] for row in out["offset_mapping"]] if fast else None

@@ -86,7 +86,7 @@ class Task:
         positions = self.answer_positions or tuple(n - 1 for n in lengths)
         filled: dict[str, Any] = {
             "roles": roles,
-            "templates": self.templates or (self.name,) * len(self),
+            "templates": tuple(self.templates) or (self.name,) * len(self),
             "metric": self.metric or ("log_prob" if self.distractors is None else "logit_diff"),
             "answer_positions": positions,
         }
@@ -237,7 +237,10 @@ class Task:
         if side == "clean":
             return logits_at(model, self.clean, self.answer_positions)
         if self.corrupted is None:
-            raise ValueError(f"task {self.name!r} has no corrupted prompts.")
+            what = (
+                "is corrupted by edits, not" if self.corruption else "comes without corrupted"
+            )
+            raise ValueError(f"task {self.name!r} {what} prompts. Run its clean ones.")
         return logits_at(model, self.corrupted, self.corrupted_answer_positions)
 
     def filter(self, model: TransformerBridge) -> "Task":
