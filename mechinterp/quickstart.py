@@ -38,7 +38,7 @@ Say = Callable[..., None]
 _MATTERS = 0.1  # a head matters when it restores this share of the gap by itself
 _MOST_HEADS = 6
 _TASK_PROMPTS = 32
-_LENGTH, _PROMPTS, _CONTROLS = 64, 16, 8
+_LENGTH, _PROMPTS, _CONTROLS = 50, 16, 8
 _SHOWN_LENGTH, _SHOWN_HEADS = 10, 3
 _FILES = (
     "account.txt",
