@@ -12,6 +12,7 @@ from tokenizers import normalizers
 from mechinterp import metrics
 from mechinterp.models import forward, load_model
 from mechinterp.tasks import Labelled, Task, Text, answer_logits, as_data
+from mechinterp.tasks.prompts import pad
 
 CLEAN = [
     "Mary and John went to the store , John gave a book to",
@@ -96,6 +97,18 @@ def test_a_corrupted_prompt_may_be_longer_and_both_end_at_their_own_last_token(m
     assert task.roles["end"] == tuple((n - 1, n) for n in clean)
     assert roles["end"] == tuple((n - 1, n) for n in other)
     assert task.corrupted_answer_positions == tuple(n - 1 for n in other)
+
+
+def test_a_task_put_together_by_hand_answers_as_far_from_each_end():
+    task = Task(
+        name="by hand",
+        clean=pad([[5, 6, 7], [8, 9]]),
+        corrupted=pad([[5, 6, 7, 8], [8, 9]]),
+        answers=torch.tensor([[1], [2]]),
+        answer_positions=(1, 1),
+    )
+    assert task.corrupted_answer_positions == (2, 1)
+    assert corrupted(task)[1] == {"end": ((3, 4), (1, 2))}
 
 
 def test_logits_are_those_of_each_prompt_run_alone(model):

@@ -9,7 +9,7 @@ import transformers as tf
 import zoo
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from mechinterp.metrics import logit_diff
+from mechinterp.metrics import accuracy, logit_diff
 from mechinterp.models import forward, load_model
 from mechinterp.tasks import load_task, repeated_tokens, tasks
 from mechinterp.tasks.catalogue import BUILTIN
@@ -291,6 +291,17 @@ def test_filling_a_frame_says_where_each_slot_went():
         "b": "Tom",
         "a2": "Mary",
     }
+
+
+@pytest.mark.parametrize("name", ["induction", "gendered_pronoun", "subject_verb_agreement"])
+def test_the_embedded_model_does_better_than_chance(embedded, name):
+    task = load_task(name, embedded, n=64)
+    assert float(accuracy(task.logits(embedded), task.targets()).mean()) > 0.5
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_model("embedded")
 
 
 @pytest.fixture(scope="module")
