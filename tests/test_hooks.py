@@ -1,6 +1,7 @@
 """Captures are what the model computed; edits change what they name and nothing else."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,8 @@ def test_the_size_is_known_before_running(name, dtype):
     model = zoo.zoo(name)
     manager = HookManager(model)
     sites = [s for s in SITES if s == "embed" or site_layers(model, s)]
-    for options in ({}, {"layers": [1]}, {"positions": [0, -1]}):
+    choices: list[dict[str, Any]] = [{}, {"layers": [1]}, {"positions": [0, -1]}]
+    for options in choices:
         asked = [s for s in sites if s != "embed" or "layers" not in options]
         acts = manager.capture(zoo.tokens(), asked, **options, dtype=dtype)
         assert manager.estimate(zoo.tokens(), asked, **options, dtype=dtype) == acts.nbytes
@@ -93,7 +95,7 @@ def test_an_edit_changes_what_it_selects_and_no_other_bit(name):
         if layer is not None and layer not in site_layers(model, site):
             continue
         head = 0 if head_axis(site) else None
-        layers = {} if layer is None else {"layers": layer}
+        layers: dict[str, Any] = {} if layer is None else {"layers": layer}
         before = manager.capture(tokens, site, **layers)[site, layer]
         edit = Scale(site, 0.5, positions=4, heads=head, **layers)
         with manager.edit(edit):
@@ -383,7 +385,7 @@ def test_generating_with_the_cache_edits_the_same_positions_as_without(name, pos
             with torch.no_grad():
                 logits = forward(model, whole)
         whole = torch.cat([whole, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(cached, whole)
+    assert isinstance(cached, torch.Tensor) and torch.equal(cached, whole)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "opt", "neox", "native", "bert"])
@@ -394,7 +396,7 @@ def test_gradients_are_those_of_a_small_change(name):
     for site in SITES:
         if site != "embed" and 1 not in site_layers(model, site):
             continue
-        layers = {} if site == "embed" else {"layers": 1}
+        layers: dict[str, Any] = {} if site == "embed" else {"layers": 1}
         acts = manager.capture(tokens, site, gradient_of=logit, **layers)
         (key,) = acts
         gradient, value = acts.gradients[key], acts[key]
