@@ -111,17 +111,20 @@ def patch(
     """Patch SITE of MODEL on TASK, one cell at a time, and rank the cells."""
     if out is not None and not out.absolute().parent.is_dir():
         raise ValueError(f"the folder {out.absolute().parent} does not exist. Create it first.")
+    if out is not None and out.suffix != ".nc":
+        raise ValueError(f"--out {out} must end in .nc; the figure goes beside it as .png.")
     where = _positions(positions)
     swept = {"layers": _integers("layers", layers), "heads": _integers("heads", heads)}
 
     import mechinterp as mi
+    from mechinterp.tasks.frames import draw
 
     loaded = mi.load_model(model)
-    data = (
-        mi.Task.from_jsonl(task, loaded)
-        if task.endswith(".jsonl")
-        else mi.load_task(task, loaded, n, seed)
-    )
+    if task.endswith(".jsonl"):
+        data = mi.Task.from_jsonl(task, loaded)
+        data = data[draw(data.name, len(data), n, seed)]
+    else:
+        data = mi.load_task(task, loaded, n, seed)
     result = mi.activation_patching(
         loaded,
         data,

@@ -14,6 +14,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -330,16 +331,20 @@ def save_edits(edits: Sequence[Edit], path: str | Path) -> None:
 
     Raises:
         TypeError: One of them is an ``Apply``; nothing is written.
+        ValueError: ``path`` ends in safetensors itself.
     """
     path = Path(path)
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path} is where the tensors go. Give the JSON file another suffix.")
     tensors: dict[str, Tensor] = {}
     listed = [edit.to_dict(tensors) for edit in edits]
     document = {"format": FORMAT, "edits": listed}
-    if tensors:
-        with written_beside(path.with_suffix(".safetensors")) as temporary:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-    with written_beside(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    with ExitStack() as both:  # both files are whole before either takes its place
+        text = both.enter_context(written_beside(path))
+        text.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        if tensors:
+            store = both.enter_context(written_beside(path.with_suffix(".safetensors")))
+            save_file({k: v.contiguous() for k, v in tensors.items()}, store)
 
 
 def load_edits(path: str | Path) -> list[Edit]:
@@ -367,7 +372,10 @@ def load_edits(path: str | Path) -> list[Edit]:
         for name, tensor in tensors.items():
             if _sha256(tensor) != name:
                 raise ValueError(f"{beside} was changed: tensor {name[:12]}… has another hash.")
-    return [edit_from_dict(each, tensors) for each in document["edits"]]
+    try:
+        return [edit_from_dict(each, tensors) for each in document["edits"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds something else than edits: {error!r}.") from error
 
 
 def edit_from_dict(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Edit:

@@ -203,7 +203,7 @@ class _Losses:
         """Draw the losses along the prompt."""
         ax = plotting.new_axes(plotting.NOTEBOOK_WIDTH, 3.6)
         blue, red, green = plotting.COLOURS[:3]
-        x = np.arange(1, len(self.intact) + 1)
+        x = np.arange(2, len(self.intact) + 2)  # nothing predicts the first token
         many = len(self.control)
         control = np.array(self.control)
         label = f"{len(self.heads)} random other heads out (mean and range of {many} draws)"
@@ -214,7 +214,7 @@ class _Losses:
         ax.plot(x, self.intact, color=blue, label="intact")
         ax.axvline(_LENGTH + 0.5, color="0.5", linewidth=0.8, linestyle="--")
         top = 1.3 * max(ax.get_ylim()[1], 1.0)
-        ax.set(ylim=(0, top), xlim=(0, len(x) + 1))
+        ax.set(ylim=(0, top), xlim=(0, len(x) + 2))
         ax.text(_LENGTH + 1.5, 0.95 * top, "second copy", fontsize=8, color="0.4", va="top")
         ax.set_xlabel("position of the predicted token")
         ax.set_ylabel("loss (nats)")

@@ -6,9 +6,9 @@ makes it a language model. Once induction is there the share of repeats falls, a
 of the budget goes to the prose.
 
 Run it again with the same ``--out`` and it resumes from its last checkpoint. The released model
-comes from these three commands (its schedule was shortened and lengthened under way)::
+comes from three training runs and an export (its schedule was changed under way)::
 
-    T="--text train.txt --validation validation.txt --out embedded-run"
+    T="--text train.txt --validation validation.txt --out embedded-run --threads 1"
     python scripts/train_embedded.py $T --steps 1500 --until 775
     python scripts/train_embedded.py $T --steps 2300 --until 1300
     python scripts/train_embedded.py $T --steps 2000

@@ -37,6 +37,13 @@ def run(*arguments: str) -> int:
     return int(exit_.value.code or 0)
 
 
+def test_a_result_is_saved_as_netcdf_or_not_at_all(tmp_path, capsys):
+    out = tmp_path / "result.png"
+    assert run("patch", "embedded", "induction", "z", "--out", str(out)) == 2
+    assert "must end in .nc" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_help_answers_without_torch_or_transformer_lens():
     code = """
 import sys

@@ -127,12 +127,31 @@ def test_a_file_that_cannot_be_stored_leaves_the_old_one(tmp_path):
     assert load_edits(path) == [Zero("z")]
 
 
+def test_the_json_file_cannot_take_the_place_of_its_tensors(tmp_path):
+    with pytest.raises(ValueError, match="another suffix"):
+        save_edits([Add("z", vector(0))], tmp_path / "edits.safetensors")
+
+
+def test_a_disk_that_fills_up_leaves_both_old_files(tmp_path, monkeypatch):
+    path = tmp_path / "edits.json"
+    save_edits([Add("z", vector(0))], path)
+
+    def full(tensors, filename):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mechinterp.edits.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_edits([Add("z", vector(1))], path)
+    assert load_edits(path) == [Add("z", vector(0))]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "not an edits file"),
         ("[]", "not an edits file"),
         ('{"format": "x"}', "has format 'x'"),
+        ('{"format": "mechinterp edits 1"}', "something else than edits"),
         (
             '{"format": "mechinterp edits 1", "edits": [{"kind": "nil"}]}',
             "unknown kind of edit",

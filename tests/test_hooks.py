@@ -458,6 +458,8 @@ def test_ablations_put_there_what_they_say(kind):
 def test_ablating_with_data_needs_the_data():
     with pytest.raises(ValueError, match="mean_data="):
         HookManager(zoo.zoo("gpt2")).ablate("z", kind="mean", layers=0)
+    with pytest.raises(ValueError, match="Leave mean_data out"):
+        HookManager(zoo.zoo("gpt2")).ablate("z", layers=0, mean_data=zoo.tokens())
     with pytest.raises(ValueError, match="is no ablation"):
         HookManager(zoo.zoo("gpt2")).ablate("z", kind="median", layers=0)
 

@@ -14,7 +14,7 @@ PACKAGE = Path(mi.__file__).parent
 # A module may import from its own floor's earlier entries and from the floors before it.
 FLOORS = [
     ["_version", "_cache", "_files", "_progress", "names"],
-    ["results", "stats", "metrics", "ops", "plotting"],
+    ["results", "stats", "metrics", "plotting"],
     ["models"],
     ["sites"],
     ["tasks.positions", "tasks.prompts"],
@@ -23,12 +23,7 @@ FLOORS = [
     ["tasks"],
     ["hooks"],
     ["catalogue"],
-    ["engine"],
-    ["lens"],
     ["causal"],
-    ["heads"],
-    ["sweeps"],
-    ["report"],
     ["quickstart"],
     ["cli"],
 ]

@@ -265,6 +265,15 @@ def test_recovered_and_destroyed_are_the_shares_of_the_mean_gap():
             np.testing.assert_allclose(found.values[0], 1.0, atol=1e-3)
 
 
+def test_the_number_of_prompts_run_at_once_changes_nothing(monkeypatch):
+    model = zoo("llama")
+    task = a_task(model, n=5, corrupted=None, corruption=(Scale("z", 0.5, positions="end"),))
+    once = mi.activation_patching(model, task, "z", layers=1, positions=["end"])
+    monkeypatch.setattr("mechinterp.causal.patching.BATCH", 2)
+    some = mi.activation_patching(model, task, "z", layers=1, positions=["end"])
+    np.testing.assert_allclose(values(some), values(once), rtol=1e-4, atol=1e-5)
+
+
 def test_several_metrics_come_from_one_pass_on_their_own_axis(monkeypatch):
     model = model_of("gpt2")
     task = a_task(model)

@@ -25,6 +25,7 @@ from mechinterp._progress import progress
 from mechinterp.causal.patching_result import PatchingResult
 from mechinterp.edits import Apply, Edit, Replace
 from mechinterp.hooks import HookManager
+from mechinterp.hooks.running import first_row
 from mechinterp.metrics import (
     METRICS,
     UNITS,
@@ -41,6 +42,7 @@ from mechinterp.tasks import Prompts, Task, answer_logits, as_data
 from mechinterp.tasks.positions import PositionSpec, Roles, position_axis, position_lists
 from mechinterp.tasks.prompts import token_strings
 
+BATCH = 64  # prompts run at once: whole logits are held for no more
 Steps = list[tuple[str | int, PositionSpec]]
 
 
@@ -166,9 +168,16 @@ class _Run:
 
     def answers(self, manager: HookManager, *edits: Edit) -> Float[Tensor, "prompt d_vocab"]:
         """Return the logits at the answer positions, with ``edits`` on top of the run's own."""
+        parts = []
         with self.in_force(manager, *edits):
-            logits = forward(manager.model, self.clean.tokens, self.clean.mask)
-        return answer_logits(logits, self.answer_positions)
+            for start in range(0, len(self.clean), BATCH):
+                rows = slice(start, start + BATCH)
+                with first_row(manager.model, start):
+                    logits = forward(
+                        manager.model, self.clean.tokens[rows], self.clean.mask[rows]
+                    )
+                parts.append(answer_logits(logits, self.answer_positions[rows]))
+        return torch.cat(parts)
 
 
 def _runs(task: Task) -> tuple[_Run, _Run]:

@@ -235,8 +235,10 @@ class HookManager:
         position over the prompts) and ``"resample"`` (a random prompt, by ``seed``) draw on.
         """
         where = {"layers": layers, "heads": heads, "positions": positions}
-        if kind == "zero":
+        if kind == "zero" and mean_data is None:
             return self.edit(Zero(site, **where), data=data)
+        if kind == "zero":
+            raise ValueError("kind='zero' draws on no data. Leave mean_data out.")
         if kind not in ("mean", "position_mean", "resample"):
             raise ValueError(
                 f"kind={kind!r} is no ablation. Pass 'zero', 'mean', 'position_mean' or "

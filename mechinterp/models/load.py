@@ -100,7 +100,9 @@ def load_model(
         raise ValueError(
             f"revision={revision!r} applies to the hub, but {place} is on this disk."
         )
-    name = str(source) if source in _NAMED else place.resolve().stem
+    there = place.resolve()
+    name = there.name if place.is_dir() else there.stem  # a folder's name may have dots
+    name = str(source) if source in _NAMED else name
     return (from_folder if place.is_dir() else from_gguf)(place, name, how)
 
 

@@ -180,6 +180,11 @@ def _hub_error(name: str, error: OSError) -> OSError | ValueError:
                 "a file or folder here. Check the name, or run `hf auth login`."
             )
         chain = chain.__cause__ or chain.__context__
+    if "safetensors" in str(error):
+        return ValueError(
+            f"{name!r} has no safetensors weights on the hub, and pickled weights can run "
+            "code. Pass allow_pickle=True if you trust it."
+        )
     if "connect" not in str(error).lower() and "offline" not in str(error).lower():
         return error
     return ConnectionError(

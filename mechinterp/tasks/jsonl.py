@@ -94,6 +94,15 @@ def write_task(task: Task, path: Path, model: TransformerBridge | None) -> None:
     from_end = [
         at - n for at, n in zip(task.answer_positions, task.clean.lengths.tolist(), strict=True)
     ]
+    if task.corrupted is not None:
+        theirs = zip(
+            task.corrupted_answer_positions, task.corrupted.lengths.tolist(), strict=True
+        )
+        if [at - n for at, n in theirs] != from_end:
+            raise ValueError(
+                f"task {task.name!r} is answered at another distance from the end in the "
+                "corrupted prompts, which JSON lines cannot hold."
+            )
     if set(from_end) != {-1}:
         columns["answer_at"] = from_end
     columns["template"] = task.templates
