@@ -3,12 +3,13 @@
     python scripts/fetch_models.py && python scripts/compare_with_transformer_lens.py
 
 Runs both on one pair of IOI prompts, all layers, heads and positions, and stores the largest
-differences in ``scripts/results/compare_with_transformer_lens.json``.
+differences in ``scripts/results/compare_with_transformer_lens.json``, site by site.
 """
 
 import argparse
 import json
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -71,10 +72,6 @@ def main() -> None:
     arguments = parser.parse_args()
     model = mi.load_model("smollm2-135m")
     task = mi.load_task("ioi", model, 1)
-    found = {}
-    for site in arguments.sites:
-        found[site] = compare(model, task, site)
-        print(site, found[site], flush=True)
     record = {
         "model": "SmolLM2-135M-Instruct",
         "fingerprint": mi.fingerprint(model),
@@ -82,10 +79,14 @@ def main() -> None:
         "metric": "logit_diff, denoising",
         "versions": versions(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "sites": found,
+        "sites": {},
     }
+    found = record["sites"]
     arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for site in arguments.sites:
+        found[site] = compare(model, task, site)
+        print(site, found[site], flush=True)
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     table = Table("site", "cells", "largest difference", "largest effect", "tolerance")
     for site, row in found.items():
         cells = [
@@ -93,6 +94,8 @@ def main() -> None:
         ]
         table.add_row(site, str(row["cells"]), *cells)
     Console().print(table)
+    if any(row["cells_beyond_tolerance"] for row in found.values()):
+        sys.exit("some cells differ by more than the tolerance")
 
 
 if __name__ == "__main__":
