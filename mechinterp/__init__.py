@@ -14,8 +14,17 @@ from mechinterp._version import __version__ as __version__
 _HOME = {
     "mechinterp.activations": ["Activations"],
     "mechinterp.catalogue": ["SiteCatalogue", "sites"],
-    "mechinterp.causal.patching": ["activation_patching"],
+    "mechinterp.causal.patching": ["activation_patching", "patching_cells"],
     "mechinterp.causal.patching_result": ["PatchingResult"],
+    "mechinterp.engine": [
+        "Cell",
+        "Plan",
+        "SlowPathWarning",
+        "cell_logits",
+        "cell_metrics",
+        "plan",
+        "run_activations",
+    ],
     "mechinterp.hooks": ["HookManager", "HookNotFiredError"],
     "mechinterp.models": [
         "Verification",

@@ -7,7 +7,15 @@ from mechinterp.activations import Activations as Activations
 from mechinterp.catalogue import SiteCatalogue as SiteCatalogue
 from mechinterp.catalogue import sites as sites
 from mechinterp.causal.patching import activation_patching as activation_patching
+from mechinterp.causal.patching import patching_cells as patching_cells
 from mechinterp.causal.patching_result import PatchingResult as PatchingResult
+from mechinterp.engine import Cell as Cell
+from mechinterp.engine import Plan as Plan
+from mechinterp.engine import SlowPathWarning as SlowPathWarning
+from mechinterp.engine import cell_logits as cell_logits
+from mechinterp.engine import cell_metrics as cell_metrics
+from mechinterp.engine import plan as plan
+from mechinterp.engine import run_activations as run_activations
 from mechinterp.hooks import HookManager as HookManager
 from mechinterp.hooks import HookNotFiredError as HookNotFiredError
 from mechinterp.models import Verification as Verification
@@ -31,28 +39,36 @@ from mechinterp.tasks import tasks as tasks
 
 __all__ = [
     "Activations",
+    "Cell",
     "Convention",
     "HookManager",
     "HookNotFiredError",
     "Labelled",
     "MissingSiteError",
     "PatchingResult",
+    "Plan",
     "Prompts",
     "Result",
     "Site",
     "SiteCatalogue",
+    "SlowPathWarning",
     "Task",
     "Text",
     "Verification",
     "__version__",
     "activation_patching",
+    "cell_logits",
+    "cell_metrics",
     "edits",
     "fingerprint",
     "load_model",
     "load_result",
     "load_task",
     "metrics",
+    "patching_cells",
+    "plan",
     "repeated_tokens",
+    "run_activations",
     "save_model",
     "sites",
     "tasks",

@@ -1,20 +1,30 @@
 """A progress bar on standard error, where that is a terminal, and silence elsewhere."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 _T = TypeVar("_T")
 
 
+@contextmanager
+def bar(total: float | int, description: str) -> Iterator[Callable[[float | int], None]]:
+    """Yield what moves a bar on by some of ``total``; it shows how long the rest takes."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with Progress(console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(description, total=total)
+        yield lambda amount: shown.advance(task, amount)
+
+
 def progress(items: Iterable[_T], total: int, description: str) -> Iterator[_T]:
     """Yield the items, showing how many of ``total`` are done and how long the rest takes."""
-    if not sys.stderr.isatty():
-        yield from items
-        return
-    yield from track(
-        items, description, total=total, console=Console(stderr=True), transient=True
-    )
+    with bar(total, description) as advance:
+        for item in items:
+            yield item
+            advance(1)

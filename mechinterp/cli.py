@@ -114,7 +114,7 @@ def patch(
     if out is not None and out.suffix != ".nc":
         raise ValueError(f"--out {out} must end in .nc; the figure goes beside it as .png.")
     where = _positions(positions)
-    swept = {"layers": _integers("layers", layers), "heads": _integers("heads", heads)}
+    layer_list, head_list = _integers("layers", layers), _integers("heads", heads)
 
     import mechinterp as mi
     from mechinterp.tasks.frames import draw
@@ -133,7 +133,8 @@ def patch(
         positions=where,
         metric=metric,
         align=align,
-        **swept,
+        layers=layer_list,
+        heads=head_list,
     )
     name, unit = next(iter(result.convention.metrics.items()))
     means = {run: float(result.data[run].mean()) for run in ("clean", "corrupted")}

@@ -5,7 +5,7 @@ answer position. A user's own metric is any function of that form. Half-precisio
 read in float32, so that a metric never loses more than the model did.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -148,6 +148,9 @@ METRICS: dict[str, Metric] = {
     for fn in (logit_diff, logit, prob, prob_diff, log_prob, loss, kl, rank, accuracy)
 }
 
+# Metrics that read the logits of the targets' tokens and no others.
+OF_TARGETS = (logit_diff, logit)
+
 UNITS: dict[str, str] = {
     "logit_diff": "nats of log-odds",
     "logit": "logits",
@@ -183,9 +186,15 @@ def resolve_metrics(
 
 
 def apply_metric(
-    name: str, fn: Callable, logits: Float[Tensor, "prompt d_vocab"], targets: Targets
+    name: str,
+    fn: Callable,
+    logits: Float[Tensor, "prompt d_vocab"],
+    targets: Targets,
+    prompts: Sequence[int] | None = None,
 ) -> Float[Tensor, " prompt"]:
     """Return ``fn(logits, targets)``, having checked that it is one finite number per prompt.
+
+    ``prompts`` are the numbers by which an error names the rows, their own by default.
 
     Raises:
         TypeError: The metric did not return a tensor.
@@ -204,6 +213,7 @@ def apply_metric(
         )
     if not bool(value.isfinite().all()):
         bad = (~value.isfinite()).nonzero().flatten().tolist()
+        bad = bad if prompts is None else sorted({prompts[row] for row in bad})
         at_fault = (
             "the metric itself" if bool(logits.isfinite().all()) else "the model's logits"
         )

@@ -93,6 +93,7 @@ def _takes_its_data_last(model: TransformerBridge, site: str, data: Any) -> Resu
 _CALLS: list[int] = []
 
 
+@pytest.mark.filterwarnings("ignore::mechinterp.engine.SlowPathWarning")  # a hook is left
 @pytest.mark.parametrize(
     ("broken", "says"),
     [

@@ -103,6 +103,8 @@ def test_an_edit_changes_what_it_selects_and_no_other_bit(name):
         selected = torch.zeros_like(before, dtype=torch.bool)
         if "key_pos" in AXES[site]:
             selected[:, head, 4] = True
+            if site == "scores":  # a masked key stays masked
+                selected &= before > torch.finfo(before.dtype).min / 2
         elif head is not None:
             selected[:, 4, head] = True
         else:

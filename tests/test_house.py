@@ -23,6 +23,7 @@ FLOORS = [
     ["tasks"],
     ["hooks"],
     ["catalogue"],
+    ["engine"],
     ["causal"],
     ["quickstart"],
     ["cli"],

@@ -269,7 +269,7 @@ def test_the_number_of_prompts_run_at_once_changes_nothing(monkeypatch):
     model = zoo("llama")
     task = a_task(model, n=5, corrupted=None, corruption=(Scale("z", 0.5, positions="end"),))
     once = mi.activation_patching(model, task, "z", layers=1, positions=["end"])
-    monkeypatch.setattr("mechinterp.causal.patching.BATCH", 2)
+    monkeypatch.setattr("mechinterp.engine.runs.BATCH", 2)
     some = mi.activation_patching(model, task, "z", layers=1, positions=["end"])
     np.testing.assert_allclose(values(some), values(once), rtol=1e-4, atol=1e-5)
 
@@ -283,7 +283,10 @@ def test_several_metrics_come_from_one_pass_on_their_own_axis(monkeypatch):
         model.original_model, "forward", lambda *a, **k: runs.append(1) or plain(*a, **k)
     )
     single = mi.activation_patching(model, task, "mlp_out", positions="all", metric="prob")
+    runs.clear()
+    mi.activation_patching(model, task, "mlp_out", positions="all", metric="prob")
     n_single = len(runs)
+    runs.clear()
     both = mi.activation_patching(
         model,
         task,
@@ -291,7 +294,7 @@ def test_several_metrics_come_from_one_pass_on_their_own_axis(monkeypatch):
         positions="all",
         metric={"prob": "prob", "twice": lambda x, t: 2 * logit_diff(x, t), "kl": "kl"},
     )
-    assert len(runs) == 2 * n_single
+    assert len(runs) <= n_single + 1  # the whole logits of the clean run, for kl
     assert both.data["patched"].dims == ("prompt", "layer", "metric")
     np.testing.assert_array_equal(both.data["patched"].sel(metric="prob"), values(single))
     assert both.convention.metrics == {"prob": "probability", "twice": "", "kl": "nats"}

@@ -1,15 +1,15 @@
-"""Activation patching, plainly: one hooked run of the model per cell.
+"""Activation patching: what one place, taken from the other run, does to the metric.
 
 A cell is one place (layer, head, position). Each prompt has two runs, ``clean`` and
 ``corrupted``; patching takes the activation at the cell from one and puts it into the other.
-This form is slow and obviously correct, and stays as the reference for faster ones.
+The engine computes all cells at once, exactly; ``method="reference"`` runs the whole hooked
+model once per cell, slow and obviously correct.
 
 Source: Vig et al. 2020, arXiv:2004.12265; Meng et al. 2022, arXiv:2202.05262. The directions
 are named after Heimersheim and Nanda 2024, arXiv:2404.15255.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal, cast
@@ -17,32 +17,29 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp._progress import progress
+from mechinterp.activations import Activations
 from mechinterp.causal.patching_result import PatchingResult
 from mechinterp.edits import Apply, Edit, Replace
+from mechinterp.engine.cells import Cell
+from mechinterp.engine.execute import Outcome
+from mechinterp.engine.runs import Run, run_activations, run_of, task_runs
+from mechinterp.engine.screening import Screened, check_screen, screened_cells
+from mechinterp.engine.sweeping import Memory, metrics_of_cells
 from mechinterp.hooks import HookManager
-from mechinterp.hooks.running import first_row
-from mechinterp.metrics import (
-    METRICS,
-    UNITS,
-    Metric,
-    Targets,
-    apply_metric,
-    resolve_metrics,
-)
-from mechinterp.models import fingerprint, forward, processed_weights
+from mechinterp.metrics import METRICS, UNITS, Metric, Targets, apply_metric, resolve_metrics
+from mechinterp.models import fingerprint, processed_weights
 from mechinterp.names import unknown
 from mechinterp.results import Convention
 from mechinterp.sites import AXES, head_axis, resolve_heads, resolve_layers
-from mechinterp.tasks import Prompts, Task, answer_logits, as_data
-from mechinterp.tasks.positions import PositionSpec, Roles, position_axis, position_lists
+from mechinterp.tasks import Task, as_data
+from mechinterp.tasks.positions import PositionSpec, position_axis, position_lists
 from mechinterp.tasks.prompts import token_strings
 
-BATCH = 64  # prompts run at once: whole logits are held for no more
 Steps = list[tuple[str | int, PositionSpec]]
 
 
@@ -57,6 +54,9 @@ def activation_patching(
     heads: int | Sequence[int] | None = None,
     metric: str | Callable | Mapping[str, str | Callable] | None = None,
     align: str = "exact",
+    method: str = "engine",
+    memory: Memory = None,
+    screen: str | None = None,
 ) -> PatchingResult:
     """Patch one place at a time from one run into the other and measure what it does.
 
@@ -77,59 +77,68 @@ def activation_patching(
             a ``metric`` axis from the same runs. Default: the task's own.
         align: How to pair a role's span with one of another length in the other prompt:
             ``"exact"`` refuses, ``"last"`` pairs them from their ends.
+        method: ``"engine"`` computes only what each patch changes; ``"reference"`` runs the
+            whole model once per cell. The numbers are the same up to rounding.
+        memory: Bytes, or a size such as ``"2GB"``, that the engine may take beside the model;
+            60 % of what is free by default.
+        screen: ``"bfloat16"`` ranks the cells in bfloat16 and computes the top ones again in
+            the model's own dtype; ``data["exact"]`` says which. Default: all are exact.
 
     Raises:
         TypeError: ``data`` is not a task.
         ValueError: A site, layer, head, role, position or metric does not exist; the task has
-            no corrupted run; positions of the two runs do not correspond. All of these before
-            the model runs. Later: an activation or a metric is NaN or infinite.
+            no corrupted run; positions of the two runs do not correspond; the memory is too
+            small for a single cell. All of these before the model runs. Later: an activation
+            or a metric is NaN or infinite.
     """
     task = as_data(data, accepts=(Task,), method="activation_patching")
     _check_option("direction", direction, ("denoising", "noising"))
-    _check_option("align", align, ("exact", "last"))
-    align = cast(Literal["exact", "last"], align)
+    _check_option("method", method, ("engine", "reference"))
+    check_screen(model, screen, method)
     metrics = resolve_metrics(metric, task.metric)
-    swept = resolve_layers(model, site, layers)
-    heads_at = {layer: resolve_heads(model, site, layer, heads) or [None] for layer in swept}
-    units = list(dict.fromkeys(unit for each in heads_at.values() for unit in each))
-    clean, corrupted = _runs(task)
-    steps = _steps(site, positions, clean, corrupted, align)
-    base, source = (corrupted, clean) if direction == "denoising" else (clean, corrupted)
+    grid = _grid(model, task, site, direction, positions, layers, heads, align)
+    if method == "reference":
+        found = _by_reference(model, task, grid, metrics)
+    elif screen is not None:
+        found = screened_cells(
+            model, task, grid.edits(model, task), on=grid.base, metrics=metrics, memory=memory
+        )
+    else:
+        found = metrics_of_cells(
+            model, task, grid.edits(model, task), on=grid.base, metrics=metrics, memory=memory
+        )
 
-    manager = HookManager(model)
-    with torch.no_grad():
-        reference = clean.answers(manager)
-        targets = task.targets(reference)
-        baselines = {
-            "clean": _measure(reference, metrics, targets),
-            "corrupted": _measure(corrupted.answers(manager), metrics, targets),
-        }
-        with source.in_force(manager):
-            values = manager.capture(source, site, layers=layers, heads=heads)
-        # NaN stays where a layer has fewer heads than others.
-        patched = np.full((len(task), len(swept), len(units), len(steps), len(metrics)), np.nan)
-        cells = list(product(enumerate(swept), enumerate(units), enumerate(steps)))
-        for (i, layer), (j, head), (k, (_, spec)) in progress(
-            cells, len(cells), f"patching {site}"
-        ):
-            if head in heads_at[layer]:
-                edit = Replace(
-                    site, values, layers=layer, heads=head, positions=spec, align=align
-                )
-                patched[:, i, j, k] = _measure(base.answers(manager, edit), metrics, targets)
-
+    # NaN stays where a layer has fewer heads than others.
+    values = found.values.cpu().numpy()
+    shape = (len(grid.layers), len(grid.units), len(grid.steps))
+    patched = np.full((len(task), *shape, len(metrics)), np.nan)
+    exact = None if screen is None else np.zeros(shape, dtype=bool)
+    for number, (i, j, k) in enumerate(grid.places):
+        patched[:, i, j, k] = values[number]
+        if exact is not None and isinstance(found, Screened):
+            exact[i, j, k] = bool(found.exact[number])
+    baselines = {name: each.cpu().numpy() for name, each in found.runs.items()}
     swept_axes = {
-        "layer": None if site == "embed" else swept,
-        head_axis(site) or "head": units if head_axis(site) else None,
-        "position": None if positions == "all" else [label for label, _ in steps],
+        "layer": None if site == "embed" else grid.layers,
+        head_axis(site) or "head": grid.units if head_axis(site) else None,
+        "position": None if positions == "all" else [label for label, _ in grid.steps],
         "metric": list(metrics) if isinstance(metric, Mapping) else None,
     }
+    tokens = _step_tokens(model, task, grid.steps)
+    settings = {
+        "align": align,
+        "corruption": [_described(edit) for edit in task.corruption],
+        "method": method,
+        "path": found.path,
+    }
+    if screen is not None:
+        settings["screen"] = screen
     return PatchingResult(
-        _dataset(patched, baselines, swept_axes, task, _step_tokens(model, clean, steps)),
+        _dataset(patched, baselines, exact, swept_axes, task, tokens),
         Convention(
             method="activation_patching",
             model=str(model.cfg.model_name),
-            fingerprint=fingerprint(model),
+            fingerprint=found.fingerprint,
             processed_weights=processed_weights(model),
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
             data=task.name,
@@ -139,66 +148,129 @@ def activation_patching(
             direction=direction,
             positions=str(positions) if isinstance(positions, slice) else positions,
             normaliser="mean clean minus mean corrupted",
-            settings={
-                "align": align,
-                "corruption": [_described(edit) for edit in task.corruption],
-            },
+            settings=settings,
         ),
     )
 
 
+def patching_cells(
+    model: TransformerBridge,
+    data: Any,
+    site: str,
+    *,
+    direction: str = "denoising",
+    positions: PositionSpec = "each",
+    layers: int | Sequence[int] | None = None,
+    heads: int | Sequence[int] | None = None,
+    align: str = "exact",
+) -> list[Cell]:
+    """Return the cells that ``mi.activation_patching`` with these arguments runs.
+
+    For ``mi.plan`` (how long will it take?) and for sweeps that combine them. They are applied
+    ``on="corrupted"`` when denoising, ``on="clean"`` when noising. Nothing runs.
+    """
+    task = as_data(data, accepts=(Task,), method="patching_cells")
+    _check_option("direction", direction, ("denoising", "noising"))
+    grid = _grid(model, task, site, direction, positions, layers, heads, align)
+    return grid.edits(model, task)
+
+
 @dataclass(frozen=True)
-class _Run:
-    """The clean or the corrupted run: its prompts, and the edits that are part of it."""
+class _Grid:
+    """The places to patch: layers, heads and position steps, and those that exist."""
 
-    clean: Prompts  # the name by which prompts are found in any data
-    roles: Roles
-    answer_positions: Any
-    edits: tuple[Edit, ...] = ()
+    site: str
+    base: str
+    source: str
+    layers: list[int | None]
+    units: list[int | None]
+    steps: Steps
+    places: list[tuple[int, int, int]]
+    align: Literal["exact", "last"]
 
-    @contextmanager
-    def in_force(self, manager: HookManager, *more: Edit) -> Iterator[None]:
-        """Keep the run's own edits, and ``more`` after them, in force while a block runs."""
-        edits = (*self.edits, *more)
-        if not edits:
-            yield
-            return
-        with manager.edit(*edits, data=self):
-            yield
-
-    def answers(self, manager: HookManager, *edits: Edit) -> Float[Tensor, "prompt d_vocab"]:
-        """Return the logits at the answer positions, with ``edits`` on top of the run's own."""
-        parts = []
-        with self.in_force(manager, *edits):
-            for start in range(0, len(self.clean), BATCH):
-                rows = slice(start, start + BATCH)
-                with first_row(manager.model, start):
-                    logits = forward(
-                        manager.model, self.clean.tokens[rows], self.clean.mask[rows]
-                    )
-                parts.append(answer_logits(logits, self.answer_positions[rows]))
-        return torch.cat(parts)
-
-
-def _runs(task: Task) -> tuple[_Run, _Run]:
-    clean = _Run(task.clean, task.roles, task.answer_positions)
-    if task.corrupted is not None:
-        return clean, _Run(
-            task.corrupted, task.corrupted_roles or {}, task.corrupted_answer_positions
+    def edit(self, place: tuple[int, int, int], source: Activations) -> Replace:
+        """Return the patch at one place."""
+        i, j, k = place
+        return Replace(
+            self.site,
+            source,
+            layers=self.layers[i],
+            heads=self.units[j],
+            positions=self.steps[k][1],
+            align=self.align,
         )
-    if task.corruption:
-        return clean, _Run(task.clean, task.roles, task.answer_positions, task.corruption)
-    raise ValueError(
-        f"the task {task.name!r} has no corrupted run to patch from or into. Build it with "
-        "corrupted=[...] prompts, or with corruption=(edits of the clean prompts)."
+
+    def edits(self, model: TransformerBridge, task: Task) -> list[Cell]:
+        """Return one cell per place, reading a run that the sweep will compute."""
+        layers = None if self.site == "embed" else [at for at in self.layers if at is not None]
+        source = run_activations(model, task, self.source, self.site, layers=layers)
+        return [Cell(self.edit(place, source)) for place in self.places]
+
+
+def _grid(
+    model: TransformerBridge,
+    task: Task,
+    site: str,
+    direction: str,
+    positions: PositionSpec,
+    layers: int | Sequence[int] | None,
+    heads: int | Sequence[int] | None,
+    align: str,
+) -> _Grid:
+    _check_option("align", align, ("exact", "last"))
+    swept = resolve_layers(model, site, layers)
+    heads_at = {layer: resolve_heads(model, site, layer, heads) or [None] for layer in swept}
+    units = list(dict.fromkeys(unit for each in heads_at.values() for unit in each))
+    corrupted = run_of(task, "corrupted")
+    clean = run_of(task, "clean")
+    steps = _steps(site, positions, clean, corrupted, align)
+    places = [
+        (i, j, k)
+        for (i, layer), (j, head), k in product(
+            enumerate(swept), enumerate(units), range(len(steps))
+        )
+        if head in heads_at[layer]
+    ]
+    denoising = direction == "denoising"
+    return _Grid(
+        site,
+        "corrupted" if denoising else "clean",
+        "clean" if denoising else "corrupted",
+        swept,
+        units,
+        steps,
+        places,
+        cast(Literal["exact", "last"], align),
     )
 
 
-def _steps(
-    site: str, positions: PositionSpec, clean: _Run, corrupted: _Run, align: str
-) -> Steps:
+@torch.no_grad()
+def _by_reference(
+    model: TransformerBridge, task: Task, grid: _Grid, metrics: Mapping[str, Metric]
+) -> Outcome:
+    """Run the whole hooked model once per cell."""
+    manager = HookManager(model)
+    runs = task_runs(task)
+    reference = runs["clean"].answers(manager)
+    targets = task.targets(reference)
+    of_runs = {
+        "clean": _measure(reference, metrics, targets),
+        "corrupted": _measure(runs["corrupted"].answers(manager), metrics, targets),
+    }
+    source = runs[grid.source]
+    layers = None if grid.site == "embed" else [at for at in grid.layers if at is not None]
+    with source.in_force(manager):
+        values = manager.capture(source, grid.site, layers=layers)
+    found = [
+        _measure(runs[grid.base].answers(manager, grid.edit(place, values)), metrics, targets)
+        for place in progress(grid.places, len(grid.places), f"patching {grid.site}")
+    ]
+    return Outcome(torch.stack(found), of_runs, "reference", "", fingerprint(model))
+
+
+def _steps(site: str, positions: PositionSpec, clean: Run, corrupted: Run, align: str) -> Steps:
     """Return the steps of the position axis, checked to mean the same place in both runs."""
-    ours, theirs = clean.clean.lengths.tolist(), corrupted.clean.lengths.tolist()
+    ours, theirs = clean.prompts.lengths.tolist(), corrupted.prompts.lengths.tolist()
     unequal = [(a, b) for a, b in zip(ours, theirs, strict=True) if a != b]
     if unequal and ("key_pos" in AXES[site] or not all(map(_is_relative, _parts(positions)))):
         advice = (
@@ -248,9 +320,9 @@ def _check_option(name: str, value: object, known: tuple[str, ...]) -> None:
 
 def _measure(
     logits: Float[Tensor, "prompt d_vocab"], metrics: Mapping[str, Metric], targets: Targets
-) -> Float[np.ndarray, "prompt metric"]:
+) -> Float[Tensor, "prompt metric"]:
     columns = [apply_metric(name, fn, logits, targets) for name, fn in metrics.items()]
-    return torch.stack([c.double().cpu() for c in columns], dim=1).numpy()
+    return torch.stack([c.double().cpu() for c in columns], dim=1)
 
 
 def _unit(fn: Metric) -> str:
@@ -263,13 +335,13 @@ def _described(edit: Edit) -> dict[str, Any]:
     return edit.to_dict()
 
 
-def _step_tokens(model: TransformerBridge, clean: _Run, steps: Steps) -> list[str]:
+def _step_tokens(model: TransformerBridge, task: Task, steps: Steps) -> list[str]:
     """Return the token at each numbered step where all clean prompts share it, else ``""``."""
-    lengths = clean.clean.lengths.tolist()
+    lengths = task.clean.lengths.tolist()
     shared = []
     for label, spec in steps:
-        places = position_lists(spec, lengths, clean.roles)
-        ids = {int(clean.clean.tokens[i, pos]) for i, (pos, *_) in enumerate(places)}
+        places = position_lists(spec, lengths, task.roles)
+        ids = {int(task.clean.tokens[i, pos]) for i, (pos, *_) in enumerate(places)}
         one = isinstance(label, int) and len(ids) == 1
         shared.append(token_strings(model, [ids.pop()])[0].replace("\0", "␀") if one else "")
     return shared
@@ -278,6 +350,7 @@ def _step_tokens(model: TransformerBridge, clean: _Run, steps: Steps) -> list[st
 def _dataset(
     patched: Float[np.ndarray, "prompt layer head position metric"],
     baselines: Mapping[str, Float[np.ndarray, "prompt metric"]],
+    exact: Bool[np.ndarray, "layer head position"] | None,
     axes: Mapping[str, Sequence[Any] | None],
     task: Task,
     tokens: Sequence[str],
@@ -300,6 +373,8 @@ def _dataset(
         name: xr.DataArray(values, dims=("prompt", "metric"))
         for name, values in baselines.items()
     }
+    if exact is not None:
+        arrays["exact"] = xr.DataArray(exact, dims=dims[1:4])
     return xr.Dataset(
         {
             name: array.squeeze([axis for axis in unswept if axis in array.dims], drop=True)

@@ -1,17 +1,19 @@
 """Edits in force: which values an edit selects in a run, and writing what it puts there."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp.activations import by_position
 from mechinterp.edits import Edit, Replace, Rows
 from mechinterp.hooks.running import Run, Watch
-from mechinterp.sites import head_axis, locate, n_neurons, resolve_heads
+from mechinterp.sites import Place, head_axis, locate, n_neurons, resolve_heads
 from mechinterp.tasks.positions import PositionSpec, Roles, position_lists
 
 Pairs = list[tuple[list[int], list[int]]]
@@ -19,6 +21,99 @@ Pairs = list[tuple[list[int], list[int]]]
 
 class HookNotFiredError(RuntimeError):
     """An edit never ran or had nowhere to act, so the result is not what was asked for."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where one edit acts at one layer: the place, and the heads or neurons there.
+
+    ``units`` are those it selects, None for all; ``heads`` are what ``Rows.heads`` says.
+    """
+
+    place: Place
+    units: tuple[int, ...] | None
+    heads: tuple[int, ...] | None
+
+
+def aim(model: TransformerBridge, edit: Edit, layer: int | None) -> Target:
+    """Return where ``edit`` acts at ``layer`` of this model.
+
+    Raises:
+        ValueError: The model has no such place, head or neuron, or the run that the edit
+            reads was captured without the layer.
+    """
+    if edit.reads is not None and (edit.site, layer) not in edit.reads:
+        raise ValueError(
+            f"the edit of {edit.site} at layer {layer} reads a capture that lacks it: "
+            f"{edit.reads!r}. Capture that layer too, or name layers=."
+        )
+    units = heads = None
+    if edit.site == "mlp_post":
+        units = heads = _neurons(model, edit, layer)
+    elif head_axis(edit.site) is not None and layer is not None:
+        heads = resolve_heads(model, edit.site, layer, edit.heads)
+        units = None if edit.heads is None else heads
+    place = locate(model, edit.site, layer)
+    return Target(place, _tuple(units), _tuple(heads))
+
+
+def _tuple(listed: list[int] | None) -> tuple[int, ...] | None:
+    return None if listed is None else tuple(listed)
+
+
+def pair(
+    edit: Edit,
+    lengths: Sequence[int],
+    roles: Roles | None,
+    first: int = 0,
+    select: Callable[[PositionSpec], list[list[int]]] | None = None,
+) -> Pairs:
+    """Return per prompt the positions that ``edit`` selects, and those it reads.
+
+    ``first`` is the row of the first prompt in the data; ``select`` says otherwise which
+    positions a specification means.
+
+    Raises:
+        ValueError: A position does not exist, or the two sides do not correspond.
+    """
+    select = select or partial(position_lists, lengths=lengths, roles=roles)
+    mine = select(edit.positions)
+    source = edit.reads
+    spec = getattr(edit, "source_positions", None)
+    if not isinstance(edit, Replace) or (source is None and spec is None):
+        return [(own, own) for own in mine]
+    spec = edit.positions if spec is None else spec
+    if source is None:
+        theirs = select(spec)
+    else:
+        named = roles if source.roles is None else source.roles
+        listed = position_lists(spec, source.lengths, named)
+        n = len(lengths)
+        theirs = listed * n if len(listed) == 1 else listed[first : first + n]
+        if len(theirs) != n:
+            raise ValueError(
+                f"the source has {len(listed)} prompts, but the model runs on {n}. Give "
+                "one source prompt for each, or a single one for all."
+            )
+    return [
+        _aligned(edit, first + row, own, other)
+        for row, (own, other) in enumerate(zip(mine, theirs, strict=True))
+    ]
+
+
+def _aligned(
+    edit: Replace, prompt: int, own: list[int], theirs: list[int]
+) -> tuple[list[int], list[int]]:
+    if len(own) == len(theirs):
+        return own, theirs
+    n = min(len(own), len(theirs))
+    if edit.align == "last" and n:
+        return own[-n:], theirs[-n:]
+    raise ValueError(
+        f"positions={edit.positions!r} selects {len(own)} positions of prompt "
+        f"{prompt} but {len(theirs)} of its source, so they do not correspond. Name "
+        "positions that do, or pass align='last' to pair from the end."
+    )
 
 
 class Action:
@@ -33,24 +128,11 @@ class Action:
         lengths: Sequence[int] | None,
         roles: Roles | None,
     ) -> None:
+        target = aim(model, edit, layer)
         self.edit, self.layer, self.noted = edit, layer, noted
+        self.place, self.units, self.heads = target.place, target.units, target.heads
         self.roles = roles
-        self.place = locate(model, edit.site, layer)
         self.fired = self.acted = False
-        if edit.site == "mlp_post":
-            self.units = _neurons(model, edit, layer)
-        elif edit.heads is not None:
-            self.units = resolve_heads(model, edit.site, layer, edit.heads)
-        else:
-            self.units = None
-        self.heads = self.units
-        if head_axis(edit.site) is not None and layer is not None:
-            self.heads = resolve_heads(model, edit.site, layer, edit.heads)
-        if edit.reads is not None and (edit.site, layer) not in edit.reads:
-            raise ValueError(
-                f"the edit of {edit.site} at layer {layer} reads a capture that lacks it: "
-                f"{edit.reads!r}. Capture that layer too, or name layers=."
-            )
         self.pairs = self.key_lists = None
         if lengths is not None:  # what is wrong with the positions is known before any run
             self.pairs = self._paired(lengths, 0)
@@ -71,11 +153,12 @@ class Action:
         where = (batch_row.to(device), column.to(device))
         picked = view[where] if self.units is None else view[where][:, self.units]
         new = self.edit.new(picked, rows)
+        keys = None
         if self.edit.key_positions != "all":
             keys = self._keys(run, own.shape[-1])[batch_row].to(device)
-            new = torch.where(keys[:, None, :], new, picked)
+        new = on_keys(site, picked, new, keys)
         if site == "scores":
-            _check_some_key_is_left(new, rows, self.layer)
+            check_some_key_is_left(new, rows)
         out = view.clone()
         if self.units is None:
             out[where] = new.to(out)
@@ -114,8 +197,7 @@ class Action:
             batch_row, column, own, source = torch.tensor(found).long().reshape(-1, 4).T
         if not len(own):
             return None
-        heads = None if self.heads is None else tuple(self.heads)
-        return batch_row, column, Rows(self.layer, batch_row + first, own, source, heads)
+        return batch_row, column, Rows(self.layer, batch_row + first, own, source, self.heads)
 
     def _pairs(self, run: Run) -> Pairs:
         """Return per row of this run the positions to edit and those to read."""
@@ -140,29 +222,13 @@ class Action:
         Without data, ``run`` says how far the prompts reach by now; positions beyond are kept,
         for a generation may get there, and that an edit acted is checked when the block ends.
         """
-        edit = self.edit
-        mine = self._positions(edit.positions, lengths, run)
-        source = edit.reads
-        spec = getattr(edit, "source_positions", None)
-        if not isinstance(edit, Replace) or (source is None and spec is None):
-            return [(own, own) for own in mine]
-        spec = edit.positions if spec is None else spec
-        if source is None:
-            theirs = self._positions(spec, lengths, run)
-        else:
-            roles = self.roles if source.roles is None else source.roles
-            listed = position_lists(spec, source.lengths, roles)
-            n = len(lengths)
-            theirs = listed * n if len(listed) == 1 else listed[first : first + n]
-            if len(theirs) != n:
-                raise ValueError(
-                    f"the source has {len(listed)} prompts, but the model runs on {n}. Give "
-                    "one source prompt for each, or a single one for all."
-                )
-        return [
-            self._aligned(first + row, *pair)
-            for row, pair in enumerate(zip(mine, theirs, strict=True))
-        ]
+        return pair(
+            self.edit,
+            lengths,
+            self.roles,
+            first,
+            lambda spec: self._positions(spec, lengths, run),
+        )
 
     def _positions(
         self, spec: PositionSpec, lengths: Sequence[int], run: Run | None
@@ -182,20 +248,6 @@ class Action:
             for have, more in zip(lists, found, strict=True):
                 have += [p for p in more if p not in have]
         return lists
-
-    def _aligned(
-        self, prompt: int, own: list[int], theirs: list[int]
-    ) -> tuple[list[int], list[int]]:
-        if len(own) == len(theirs):
-            return own, theirs
-        n = min(len(own), len(theirs))
-        if isinstance(self.edit, Replace) and self.edit.align == "last" and n:
-            return own[-n:], theirs[-n:]
-        raise ValueError(
-            f"positions={self.edit.positions!r} selects {len(own)} positions of prompt "
-            f"{prompt} but {len(theirs)} of its source, so they do not correspond. Name "
-            "positions that do, or pass align='last' to pair from the end."
-        )
 
     def _keys(self, run: Run, width: int) -> Bool[Tensor, "row key"]:
         """Return the keys that the edit acts on, as columns of this run."""
@@ -223,13 +275,30 @@ def _neurons(model: TransformerBridge, edit: Edit, layer: int | None) -> list[in
     return [neuron % count for neuron in asked]
 
 
-def _check_some_key_is_left(new: Tensor, rows: Rows, layer: int | None) -> None:
+def on_keys(
+    site: str,
+    own: Float[Tensor, "row ..."],
+    new: Float[Tensor, "row ..."],
+    keys: Bool[Tensor, "row key"] | None,
+) -> Float[Tensor, "row ..."]:
+    """Return ``new`` at the chosen keys and ``own`` at the others.
+
+    A key that is masked stays so: no edit of ``scores`` makes a query see the future.
+    """
+    if keys is not None:
+        new = torch.where(keys[:, None, :], new, own)
+    if site == "scores":
+        new = torch.where(own > torch.finfo(own.dtype).min / 2, new, own)
+    return new
+
+
+def check_some_key_is_left(new: Float[Tensor, "row head key"], rows: Rows) -> None:
     """Without one visible key a softmax would spread over masked positions, silently wrong."""
     blind = (new <= torch.finfo(new.dtype).min / 2).all(-1).flatten(1).any(1).cpu()
     if bool(blind.any()):
         row = int(blind.nonzero()[0])
         raise ValueError(
             f"the edit of scores leaves the query at position {int(rows.own[row])} of prompt "
-            f"{int(rows.prompt[row])} no key to attend to at layer {layer}. "
+            f"{int(rows.prompt[row])} no key to attend to at layer {rows.layer}. "
             "Leave at least one, or zero its z instead."
         )

@@ -7,8 +7,10 @@ as it found it when its last tap goes; hooks that others set are never touched.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +18,7 @@ import torch
 from einops import einsum
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp.sites import Place
@@ -49,6 +52,7 @@ class _Station:
     def __init__(self, model: TransformerBridge) -> None:
         self.model = model
         self.entries: list[_Entry] = []
+        self.muted: list[list[_Entry]] = []  # entries set aside, to come back
 
     def add(self, entry: _Entry) -> None:
         self.entries.append(entry)
@@ -114,6 +118,8 @@ _STATIONS: WeakKeyDictionary[nn.Module, dict[str, tuple[_Station, Callable[[], N
     WeakKeyDictionary()
 )
 
+_STATION_HANDLES: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+
 
 def tap(model: TransformerBridge, place: Place, function: Tap) -> Callable[[], None]:
     """Attach ``function`` to ``place`` and return what takes it off again.
@@ -140,6 +146,66 @@ def tap(model: TransformerBridge, place: Place, function: Tap) -> Callable[[], N
     return remove
 
 
+def attached(model: TransformerBridge) -> list[Tap]:
+    """Return the functions attached to the model's places, the oldest first."""
+    entries = [
+        entry
+        for station, _ in _STATIONS.get(model, {}).values()
+        for entry in station.entries
+        if entry.stage != _STAGE["read"]
+    ]
+    return [entry.function for entry in sorted(entries, key=lambda e: e.serial)]
+
+
+@contextmanager
+def muted(model: TransformerBridge) -> Iterator[None]:
+    """Set aside every tap while the block runs; those attached within it work."""
+    stations = [station for station, _ in _STATIONS.get(model, {}).values()]
+    for station in stations:
+        station.muted.append(station.entries)
+        station.entries = []
+    try:
+        yield
+    finally:
+        for station in stations:
+            station.entries = station.muted.pop()
+
+
+def foreign_hooks(model: TransformerBridge) -> list[str]:
+    """Return where hooks are attached that are not taps: by hand or by another library.
+
+    What transformer-lens, transformers, accelerate and torch attach for themselves is not
+    counted.
+    """
+    found = []
+    for name, point in model.hook_dict.items():
+        mine = _STATION_HANDLES.get(point, ())
+        handles = [h for h in [*point.fwd_hooks, *point.bwd_hooks] if h not in mine]
+        if any(not _is_known(handle.user_hook) for handle in handles):
+            found.append(name)
+    for name, module in model.named_modules():
+        if isinstance(module, HookPoint):
+            continue
+        hooks = [
+            *module._forward_hooks.values(),
+            *module._forward_pre_hooks.values(),
+            *module._backward_hooks.values(),
+        ]
+        if any(not _is_known(hook) for hook in hooks):
+            found.append(name or type(module).__name__)
+    return found
+
+
+_KNOWN_LIBRARIES = ("transformer_lens", "transformers", "accelerate", "torch", "mechinterp")
+
+
+def _is_known(hook: Any) -> bool:
+    while isinstance(hook, partial):
+        hook = hook.func
+    module = getattr(hook, "__module__", None) or type(hook).__module__
+    return str(module).split(".")[0] in _KNOWN_LIBRARIES
+
+
 def _attach(
     model: TransformerBridge, place: Place, function: Tap, stage: int, read: dict[str, Tensor]
 ) -> Callable[[], None]:
@@ -156,7 +222,7 @@ def _attach(
         if entry not in station.entries:
             return
         station.entries.remove(entry)
-        if not station.entries:
+        if not station.entries and not station.muted:
             uninstall()
             del stations[key]
 
@@ -168,8 +234,11 @@ def _install(model: TransformerBridge, place: Place, station: _Station) -> Calla
     if place.how.startswith("softmax"):
         return _install_softmax(module.original_component, station)
     handle = module.add_hook(lambda tensor, hook: station.run(tensor))
+    handles = _STATION_HANDLES.setdefault(module, [])
+    handles.append(handle)
 
     def uninstall() -> None:
+        handles.remove(handle)
         handle.hook.remove()
         if handle in module.fwd_hooks:  # a reset of all hooks may have been quicker
             module.fwd_hooks.remove(handle)

@@ -3,7 +3,7 @@
 from mechinterp.models.identity import fingerprint
 from mechinterp.models.load import load_model
 from mechinterp.models.plain import processed_weights, unwrap
-from mechinterp.models.run import forward, is_causal, n_layers, tokenizer_of
+from mechinterp.models.run import forward, input_device, is_causal, n_layers, tokenizer_of
 from mechinterp.models.save import save_model
 from mechinterp.models.verification import Verification, verify
 
@@ -11,6 +11,7 @@ __all__ = [
     "Verification",
     "fingerprint",
     "forward",
+    "input_device",
     "is_causal",
     "load_model",
     "n_layers",

@@ -1,0 +1,433 @@
+"""Executing a sweep: base runs, self-check, parts, and plain runs where those fail.
+
+Three ways lead to the same numbers: ``fast`` computes what changed, from its first layer and
+position on; ``layers`` computes whole prompts from the first changed layer on (encoders);
+``full`` runs the whole model. The first two are checked against plain hooked runs before they
+are trusted.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechinterp._progress import bar
+from mechinterp.engine.base import (
+    answer_columns,
+    base_rows,
+    embedded_rows,
+    fulfil,
+    run_base,
+    scheduled,
+)
+from mechinterp.engine.checking import check, unchecked
+from mechinterp.engine.packing import Rows
+from mechinterp.engine.passes import Pass
+from mechinterp.engine.planning import (
+    Part,
+    Plan,
+    as_bytes,
+    base_bytes,
+    calibrated,
+    capacity,
+    default_budget,
+    parts,
+    pass_bytes,
+    shape_of,
+)
+from mechinterp.engine.reading import Reader
+from mechinterp.engine.store import Base
+from mechinterp.engine.sweep import Sweep
+from mechinterp.engine.whole import run_in_full, run_whole_base, run_whole_rows
+from mechinterp.engine.wiring import UnknownWiringError, Wiring
+from mechinterp.hooks import HookManager
+from mechinterp.hooks.taps import foreign_hooks, muted
+from mechinterp.metrics import METRICS, kl
+from mechinterp.models import is_causal
+from mechinterp.tasks import answer_logits
+
+_LOGIT_BYTES = 64e6  # logits held at once
+
+
+class SlowPathWarning(UserWarning):
+    """The engine runs the whole model for every cell, and says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a sweep found: values per cell and prompt, and those of the runs themselves.
+
+    ``path`` says how they were computed, ``why`` what kept it from the fast path.
+    """
+
+    values: Float[Tensor, "cell prompt value"]
+    runs: Mapping[str, Float[Tensor, "prompt value"]]
+    path: str
+    why: str
+    fingerprint: str
+
+
+class Engine:
+    """One sweep on its model, within a memory budget (bytes, or a size such as ``"2GB"``).
+
+    Raises:
+        ValueError: The budget is too small for a single row, or no size.
+    """
+
+    def __init__(self, sweep: Sweep, memory: int | float | str | None = None) -> None:
+        self.sweep = sweep
+        self.shape = shape_of(sweep.model)
+        self.budget = default_budget(sweep.device) if memory is None else as_bytes(memory)
+        self.foreign = foreign_hooks(sweep.model)
+        self.path = "fast" if is_causal(sweep.model) else "layers"
+        self.why = ""
+        if self.foreign:
+            some = ", ".join(self.foreign[:3])
+            self.path, self.why = "full", f"hooks that are not ours are in place ({some})"
+
+    @cached_property
+    def wiring(self) -> Wiring:
+        """The model's parts, as the longest prompt sees them."""
+        prompts = self.sweep.prompts
+        longest = int(prompts.lengths.argmax())
+        tokens = torch.from_numpy(prompts.tokens[longest, : prompts.lengths[longest]])
+        return Wiring(self.sweep.model, tokens)
+
+    def capacity(self, reader: Reader) -> int:
+        """Return how many columns a pass may have."""
+        return capacity(self.sweep, self.shape, self.budget, self._n_logits(reader))
+
+    # ------------------------------------------------------------------------------- running
+
+    def run(
+        self, reader_of: Callable[[Float[Tensor, "prompt d_vocab"] | None], Reader]
+    ) -> Outcome:
+        """Run everything; ``reader_of`` makes the reader from the first run's logits.
+
+        It is asked first without logits, and only again with them if its metrics want them.
+
+        Raises:
+            ValueError: A metric or an activation is NaN or infinite, or has a wrong shape.
+        """
+        reader = reader_of(None)
+        try:
+            if self.path != "full":
+                try:
+                    return self._quickly(reader, reader_of, self.capacity(reader))
+                except _CannotError as error:
+                    self.path, self.why = "full", str(error)
+            warnings.warn(
+                f"every cell runs the whole model: {self.why}. The numbers are the same.",
+                SlowPathWarning,
+                stacklevel=4,
+            )
+            return self._in_full(reader, reader_of)
+        finally:
+            for promises in self.sweep.promised().values():
+                for stored in promises:
+                    stored.values_found.clear()
+
+    def _quickly(
+        self, reader: Reader, reader_of: Callable[..., Reader], columns: int
+    ) -> Outcome:
+        sweep = self.sweep
+        with muted(sweep.model):
+            base, final = self._base(columns)
+        self._check(base, final)
+        with muted(sweep.model):
+            reader, of_runs = self._read_runs(reader, reader_of, final)
+            values = of_runs[sweep.run.name].expand(len(sweep.cells), -1, -1).clone()
+            rows = sweep.rows
+            work = parts(sweep, rows, columns, self.shape)
+            total = sum(self._token_layers(part) for part in work)
+            late: list[tuple[Rows, Tensor]] = []
+            with bar(total, f"{len(sweep.cells)} cells") as advance:
+                while work:
+                    part = work.pop(0)
+                    try:
+                        done, ends = self._ends(base, part)
+                    except (torch.OutOfMemoryError, RuntimeError) as error:
+                        work[:0] = _halved(part, error)
+                        continue
+                    if reader.by_row:
+                        self._read(reader, done, ends, values)
+                    else:
+                        late.append((done, ends))
+                    advance(self._token_layers(part))
+            if late:
+                self._read_by_cell(reader, late, final, values)
+        for action in sweep.in_force:
+            action.fired = action.acted = True
+        return Outcome(values, of_runs, self.path, self.why, sweep.fingerprint)
+
+    def _base(self, columns: int) -> tuple[Base, Tensor]:
+        try:
+            if self.path == "fast":
+                base, final = run_base(self.sweep, self.wiring, columns)
+            else:
+                base, final = run_whole_base(self.sweep, self.wiring)
+        except UnknownWiringError as error:
+            raise _CannotError(str(error)) from error
+        fulfil(self.sweep, base)
+        return base, final
+
+    def _ends(self, base: Base, part: Part) -> tuple[Rows, Tensor]:
+        """Return a part's rows, in the order in which their final residual stream comes."""
+        sweep, wiring = self.sweep, self.wiring
+        if self.path == "layers":
+            packing, ends = run_whole_rows(sweep, wiring, base, part.rows)
+            return packing.rows, ends
+        packing = part.packed(sweep.prompts.beginnings if sweep.shares else None)
+        rows = packing.rows
+        writes = {cell: sweep.row_writes(cell) for cell in set(rows.cell.tolist())}
+        schedule = scheduled(sweep, packing, writes)
+        enter = embedded_rows(sweep, wiring, packing)
+        one = Pass(wiring, packing, schedule, base, enter, by_row=True)
+        numbers = rows.prompt - sweep.prompts.offset[sweep.run.name]
+        return rows, one.run(answer_columns(packing, sweep.ends[numbers]))
+
+    def _logits(
+        self, reader: Reader | None, ends: Tensor, prompts: Int[np.ndarray, " row"]
+    ) -> Float[Tensor, "row d_vocab"]:
+        """Return the logits of final residual streams, ``prompts`` numbered over all runs."""
+        vocabulary = None if reader is None else reader.vocabulary
+        if self.path == "fast":
+            return self.wiring.close(ends[:, None], vocabulary=vocabulary)[:, 0]
+        made = self.sweep.prompts
+        lengths = torch.from_numpy(made.lengths[prompts])
+        mask = torch.arange(ends.shape[1]) < lengths[:, None]
+        positions = [
+            made.runs[made.run_index(p)].answer_positions[
+                p - made.offset[made.runs[made.run_index(p)].name]
+            ]
+            for p in prompts.tolist()
+        ]
+        return answer_logits(self.wiring.close(ends, mask), positions)
+
+    def _n_logits(self, reader: Reader) -> int:
+        return self.shape.d_vocab if reader.vocabulary is None else len(reader.vocabulary)
+
+    def _chunks(self, reader: Reader, n: int) -> list[slice]:
+        each = max(1, int(_LOGIT_BYTES / (4 * self._n_logits(reader))))
+        return [slice(start, min(start + each, n)) for start in range(0, n, each)]
+
+    def _read(self, reader: Reader, rows: Rows, ends: Tensor, values: Tensor) -> None:
+        offset = self.sweep.prompts.offset[self.sweep.run.name]
+        for some in self._chunks(reader, len(rows)):
+            numbers = rows.prompt[some] - offset
+            logits = self._logits(reader, ends[some], rows.prompt[some])
+            found = reader.read(logits, numbers.tolist())
+            cells = torch.from_numpy(rows.cell[some])
+            values[cells, torch.from_numpy(numbers)] = found.to(values)
+
+    def _read_by_cell(
+        self, reader: Reader, late: Sequence[tuple[Rows, Tensor]], final: Tensor, values: Tensor
+    ) -> None:
+        """Read cell by cell, all prompts together, for metrics that need them so."""
+        sweep, n = self.sweep, len(self.sweep.run)
+        offset = sweep.prompts.offset[sweep.run.name]
+        cell = np.concatenate([rows.cell for rows, _ in late])
+        prompt = np.concatenate([rows.prompt for rows, _ in late])
+        ends = torch.cat([each for _, each in late])
+        own = final[offset : offset + n]
+        for number in np.unique(cell).tolist():
+            mine = (cell == number).nonzero()[0]
+            whole = own.clone()
+            whole[torch.from_numpy(prompt[mine] - offset)] = ends[torch.from_numpy(mine)]
+            logits = self._logits(reader, whole, np.arange(offset, offset + n))
+            values[number] = reader.read(logits, list(range(n))).to(values)
+
+    def _read_runs(
+        self, reader: Reader, reader_of: Callable[..., Reader], final: Tensor
+    ) -> tuple[Reader, dict[str, Tensor]]:
+        """Return the runs' own values, and the reader, made anew if it wants their logits."""
+        sweep = self.sweep
+        first = sweep.runs[0]
+        if wants_reference(reader):
+            logits = self._logits(None, final[: len(first)], np.arange(len(first)))
+            reader = reader_of(logits)
+        found = {}
+        for run in sweep.runs:
+            start = sweep.prompts.offset[run.name]
+            numbers = np.arange(start, start + len(run))
+            pieces = []
+            slices = self._chunks(reader, len(run)) if reader.by_row else [slice(0, len(run))]
+            for some in slices:
+                logits = self._logits(
+                    reader, final[start : start + len(run)][some], numbers[some]
+                )
+                pieces.append(reader.read(logits, list(range(len(run)))[some]))
+            found[run.name] = torch.cat(pieces)
+        return reader, found
+
+    def _token_layers(self, part: Part) -> float:
+        return float((part.rows.lengths * (self.shape.n_layers - part.rows.start)).sum())
+
+    # ----------------------------------------------------------------------------- the check
+
+    def _check(self, base: Base, final: Tensor) -> None:
+        of_run = partial(self._run_logits, final)
+        reason = check(self.sweep, self.path, of_run, partial(self._logits_of, base))
+        if reason:
+            raise _CannotError(reason)
+
+    def _run_logits(self, final: Tensor, prompt: int) -> Float[Tensor, " d_vocab"]:
+        """Return the logits of one numbered prompt of the base runs."""
+        with muted(self.sweep.model):
+            return self._logits(None, final[prompt : prompt + 1], np.array([prompt]))[0]
+
+    def _logits_of(self, base: Base, rows: Rows) -> tuple[Rows, Float[Tensor, "row d_vocab"]]:
+        """Return the logits of a few rows, by this engine's path."""
+        with muted(self.sweep.model):
+            done, ends = self._ends(base, Part(rows, int(rows.lengths.max())))
+            return done, self._logits(None, ends, done.prompt)
+
+    # ------------------------------------------------------------------------------ in full
+
+    def _in_full(self, reader: Reader, reader_of: Callable[..., Reader]) -> Outcome:
+        """Run the whole model for every cell: plain hooked runs, batched over cells.
+
+        With foreign hooks in place, one cell at a time, as their owner expects.
+        """
+        sweep = self.sweep
+        manager = HookManager(sweep.model)
+        answers = {run.name: run.answers(manager) for run in sweep.runs}
+        if wants_reference(reader):
+            reader = reader_of(answers[sweep.runs[0].name])
+        reader = Reader(reader.metrics, reader.targets, None, reader.by_row)
+        n = len(sweep.run)
+        everyone = list(range(n))
+        of_runs = {name: reader.read(logits, everyone) for name, logits in answers.items()}
+        for (name, site, layer), promises in sweep.promised().items():
+            run = next(run for run in sweep.runs if run.name == name)
+            with run.in_force(manager):
+                found = manager.capture(run, site, layers=layer)
+            for stored in promises:
+                stored.values_found[site, layer] = found.stored[site, layer]
+        values = torch.empty(len(sweep.cells), n, *of_runs[sweep.run.name].shape[1:])
+        values = values.to(of_runs[sweep.run.name])
+        each = 1 if self.foreign else max(1, 1024 // sweep.run.prompts.tokens.numel())
+        with bar(len(sweep.cells), f"{len(sweep.cells)} cells") as advance:
+            for start in range(0, len(sweep.cells), each):
+                numbers = range(start, min(start + each, len(sweep.cells)))
+                if len(numbers) == 1:
+                    logits = sweep.run.answers(manager, *sweep.cells[start].edits)
+                else:
+                    with muted(sweep.model):
+                        logits = self._batched(numbers)
+                for i, number in enumerate(numbers):
+                    values[number] = reader.read(logits[i * n : (i + 1) * n], everyone)
+                advance(len(numbers))
+        return Outcome(values, of_runs, self.path, self.why, sweep.fingerprint)
+
+    def _batched(self, numbers: Sequence[int]) -> Float[Tensor, "row d_vocab"]:
+        """Return the logits of some cells, run together: every prompt of each."""
+        sweep, n = self.sweep, len(self.sweep.run)
+        own = base_rows(sweep.prompts)
+        start = sweep.prompts.offset[sweep.run.name]
+        mine = own[np.tile(np.arange(start, start + n), len(numbers))]
+        cell = np.repeat(np.array(numbers), n)
+        rows = Rows(cell, mine.prompt, mine.first, mine.last, mine.start, cell, mine.alike)
+        _, logits = run_in_full(sweep, rows)
+        return logits
+
+    # ------------------------------------------------------------------------------- planning
+
+    def plan(self, reader: Reader) -> Plan:
+        """Return what the sweep will cost, after a second of calibration."""
+        sweep, shape, rows = self.sweep, self.shape, self.sweep.rows
+        n_logits = self._n_logits(reader)
+        columns = self.capacity(reader)
+        n, width = len(sweep.run), sweep.run.prompts.tokens.shape[1]
+        full = len(sweep.cells) * n * width * shape.n_layers
+        base_tokens = int(sweep.prompts.lengths.sum())
+        if self.path == "full":
+            work: list[Part] = []
+        else:
+            work = parts(sweep, rows, columns, shape)
+        per_part = []
+        for part in work:
+            packing = part.packed(sweep.prompts.beginnings if sweep.shares else None)
+            per_part.append((packing, [packing.active(at) for at in range(shape.n_layers)]))
+        token_layers = base_tokens * shape.n_layers
+        token_layers += int(sum(self._token_layers(part) for part in work))
+        token_layers = full if self.path == "full" else token_layers
+        peak = base_bytes(sweep, shape)
+        if per_part:
+            peak += max(
+                pass_bytes(shape, p.n_bins, p.width, p.width + p.prefix, len(p.rows), n_logits)
+                for p, _ in per_part
+            )
+        checks = unchecked(self.sweep, self.path) if self.path != "full" else 0
+        seconds = self._seconds(reader, per_part, base_tokens, checks, full)
+        return Plan(
+            cells=len(sweep.cells),
+            rows=len(rows),
+            token_layers=token_layers,
+            full_token_layers=full,
+            flop=token_layers * shape.flops,
+            seconds=seconds,
+            peak_bytes=peak,
+            passes=len(work),
+            self_check=checks > 0,
+            path=self.path,
+            why=self.why,
+        )
+
+    def _seconds(
+        self, reader: Reader, per_part: list, base_tokens: int, checks: int, full: int
+    ) -> float:
+        sweep, n_layers = self.sweep, self.shape.n_layers
+        with torch.no_grad(), muted(sweep.model):
+            wiring = self.wiring
+            biggest = max((p for p, _ in per_part), key=lambda p: p.n_bins, default=None)
+            width = wiring.width if biggest is None else biggest.width
+            prefix = 0 if biggest is None else biggest.prefix
+            most = 1 if biggest is None else biggest.n_bins
+            sizes = [
+                (b, width, prefix) for b in {1, max(1, most // 8), max(1, most // 3), most}
+            ]
+            timed = calibrated(wiring, sizes, reader.vocabulary)
+        seconds = 3 * timed.open + n_layers * timed.block(base_tokens) + 2 * timed.close
+        for packing, active in per_part:
+            for layer, bins in enumerate(active):
+                last = layer == n_layers - 1 and not wiring.native[layer]
+                seconds += timed.block(bins * packing.width) * (0.35 if last else 1.0)
+            rows = len(packing.rows)
+            seconds += timed.close + rows * timed.close_row + rows * 3e-5
+        seconds += checks * (timed.open + timed.close + n_layers * timed.block(wiring.width))
+        if self.path == "full":
+            seconds += (
+                full
+                / wiring.width
+                / n_layers
+                * (timed.open + timed.close + n_layers * timed.block(wiring.width))
+            )
+        return seconds
+
+
+class _CannotError(RuntimeError):
+    """The quick paths do not work here; the message says why."""
+
+
+def wants_reference(reader: Reader) -> bool:
+    """Whether a metric may read the logits of another run."""
+    plain = [fn for fn in METRICS.values() if fn is not kl]
+    return any(all(fn is not known for known in plain) for fn in reader.metrics.values())
+
+
+def _halved(part: Part, error: RuntimeError) -> list[Part]:
+    """Return a part in two halves after it ran out of memory; raise anything else."""
+    no_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    if not no_memory or len(part.rows) < 2:
+        raise error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    middle = len(part.rows) // 2
+    index = np.arange(len(part.rows))
+    return [Part(part.rows[half], part.width) for half in (index[:middle], index[middle:])]

@@ -1,0 +1,179 @@
+"""Whole prompts: for models in which every position sees every other.
+
+Nothing can be reused within a layer, so a row is its whole prompt; what is saved is the layers
+before its first change. The same packing of rows, one per bin, serves full runs.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechinterp.activations import Key, by_position
+from mechinterp.engine.base import (
+    base_rows,
+    embedded,
+    embedded_rows,
+    padded_tokens,
+    scheduled,
+)
+from mechinterp.engine.packing import Packing, Rows
+from mechinterp.engine.store import Base
+from mechinterp.engine.sweep import Sweep
+from mechinterp.engine.wiring import Wiring
+from mechinterp.engine.writing import Group, Schedule, in_block, seeing, written
+from mechinterp.models import forward
+from mechinterp.sites import locate
+from mechinterp.tasks import answer_logits
+
+
+def whole_packing(rows: Rows, width: int) -> Packing:
+    """Return one row per bin, in the order of their start, each position in its own column."""
+    rows = rows[np.argsort(rows.start, kind="stable")]
+    n, zeros = len(rows), np.zeros(len(rows), dtype=np.int64)
+    return Packing(
+        rows, width, np.arange(n), zeros, zeros, np.arange(n), None, rows.start, rows.prompt
+    )
+
+
+def own_columns(packing: Packing, bins: int) -> Int[Tensor, "flat position"]:
+    """Return the key columns of whole prompts: every position is its own."""
+    n = bins * packing.width
+    return torch.arange(packing.width).expand(n, -1)
+
+
+def run_whole(
+    wiring: Wiring,
+    packing: Packing,
+    schedule: Schedule,
+    enter: Float[Tensor, "row pos d_model"] | None,
+    base: Base | None,
+    keep: tuple[Base, Sequence[Key]] | None = None,
+) -> Float[Tensor, "row pos d_model"]:
+    """Return what leaves the last block, per row of the packing."""
+    hidden = torch.empty(0)
+    for layer in range(wiring.n_layers + 1):
+        old, new = len(hidden), packing.active(layer)
+        if new > old:
+            entering = _entering(packing, slice(old, new), layer, enter, base)
+            hidden = torch.cat([hidden, entering]) if old else entering
+        if not new:
+            continue
+        groups = schedule.groups("resid", layer)
+        if keep is not None:
+            keep[0].resid[layer] = hidden.flatten(0, 1)
+        for site, at in (("resid_post", layer - 1), ("resid_pre", layer)):
+            hidden = written([g for g in groups if g.write.edit.site == site], hidden)
+            if keep is not None and (site, at) in keep[1]:
+                keep[0].sites[site, at] = hidden.flatten(0, 1)
+        if layer < wiring.n_layers:
+            hidden = _block(wiring, packing, schedule, hidden, layer, keep)
+    return hidden
+
+
+def _entering(
+    packing: Packing, bins: slice, layer: int, enter: Tensor | None, base: Base | None
+) -> Tensor:
+    if enter is not None and layer == 0:
+        return enter[bins]
+    assert base is not None
+    width = packing.width
+    stored = base.resid[layer]
+    rows = torch.from_numpy(packing.rows.prompt[bins]).to(stored.device)
+    return stored.unflatten(0, (-1, width))[rows]
+
+
+def _block(
+    wiring: Wiring,
+    packing: Packing,
+    schedule: Schedule,
+    hidden: Tensor,
+    layer: int,
+    keep: tuple[Base, Sequence[Key]] | None,
+) -> Tensor:
+    groups = {site: schedule.groups(site, layer) for site in schedule.sites(layer)}
+    wanted = (
+        []
+        if keep is None
+        else [key for key in keep[1] if key[1] == layer and not key[0].startswith("resid_p")]
+    )
+    places = [locate(wiring.model, *key) for key in wanted]
+    prompts = torch.from_numpy(packing.rows.prompt[: len(hidden)])
+    with (
+        in_block(wiring.model, layer, groups, own_columns(packing, len(hidden))),
+        seeing(wiring.model, places) as seen,
+    ):
+        out = wiring.whole_block(layer, hidden, prompts)
+    if keep is not None:
+        for key, place in zip(wanted, places, strict=True):
+            keep[0].sites[key] = by_position(key[0], seen[place]).flatten(0, 1)
+    return out
+
+
+def run_whole_base(
+    sweep: Sweep, wiring: Wiring
+) -> tuple[Base, Float[Tensor, "prompt pos d_model"]]:
+    """Compute every run once, whole."""
+    enter, embedding = embedded(sweep, wiring, record=True)
+    prompts, width = sweep.prompts, sweep.prompts.tokens.shape[1]
+    packing = whole_packing(base_rows(prompts), width)
+    under = {-1 - i: writes for i, writes in enumerate(prompts.writes)}
+    node = np.arange(len(prompts) * width).reshape(-1, width)
+    node = np.where(np.arange(width) < prompts.lengths[:, None], node, -1)
+    base = Base(prompts, node)
+    wanted: list[Key] = list({(site, layer) for _, site, layer in sweep.promised()})
+    schedule = scheduled(sweep, packing, under)
+    final = run_whole(wiring, packing, schedule, enter, None, (base, wanted))
+    starts = set(sweep.rows.start.tolist())
+    base.resid = {layer: kept for layer, kept in base.resid.items() if layer in starts}
+    if ("embed", None) in wanted:
+        base.sites["embed", None] = embedding.flatten(0, 1)
+    return base, final
+
+
+def run_whole_rows(
+    sweep: Sweep, wiring: Wiring, base: Base, rows: Rows
+) -> tuple[Packing, Float[Tensor, "row pos d_model"]]:
+    """Run some rows, whole, from the layer at which each enters."""
+    width = sweep.prompts.tokens.shape[1]
+    packing = whole_packing(rows, width)
+    writes = {cell: sweep.row_writes(cell) for cell in set(rows.cell.tolist())}
+    schedule = scheduled(sweep, packing, writes)
+    enter = embedded_rows(sweep, wiring, packing)
+    return packing, run_whole(wiring, packing, schedule, enter, base)
+
+
+def run_in_full(sweep: Sweep, rows: Rows) -> tuple[Packing, Float[Tensor, "row d_vocab"]]:
+    """Run the whole model on some rows, from the tokens, and return the logits at answers."""
+    run, offset = sweep.run, sweep.prompts.offset[sweep.run.name]
+    width = run.prompts.tokens.shape[1]
+    packing = whole_packing(rows, width)
+    writes = {cell: sweep.row_writes(cell) for cell in set(rows.cell.tolist())}
+    schedule = scheduled(sweep, packing, writes, from_start=True)
+    columns = own_columns(packing, packing.n_bins)
+    with ExitStack() as stack:
+        for layer, groups in _by_layer(sweep, schedule).items():
+            stack.enter_context(in_block(sweep.model, layer, groups, columns))
+        tokens, mask = padded_tokens(sweep.prompts, packing.rows.prompt)
+        logits = forward(sweep.model, tokens[:, :width], mask[:, :width])
+    positions = [run.answer_positions[p - offset] for p in packing.rows.prompt.tolist()]
+    return packing, answer_logits(logits, positions)
+
+
+def _by_layer(sweep: Sweep, schedule: Schedule) -> dict[int | None, dict[str, list[Group]]]:
+    found: dict[int | None, dict[str, list[Group]]] = {}
+    if embed := schedule.groups("embed", -1):
+        found[None] = {"embed": embed}
+    n_layers = len(sweep.model.blocks)
+    for layer in range(n_layers):
+        groups = {site: schedule.groups(site, layer) for site in schedule.sites(layer)}
+        found[layer] = groups
+    for boundary in range(n_layers + 1):
+        for group in schedule.groups("resid", boundary):
+            layer = group.write.layer
+            assert layer is not None
+            found[layer].setdefault(group.write.edit.site, []).append(group)
+    return found
