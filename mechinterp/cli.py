@@ -107,6 +107,12 @@ def patch(
     out: Annotated[
         Path | None, typer.Option(help="Save the result here (.nc), and its figure beside it.")
     ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="How much to take, such as 2GB; 60 % of free by default.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it will cost, and stop.")
+    ] = False,
 ) -> None:
     """Patch SITE of MODEL on TASK, one cell at a time, and rank the cells."""
     if out is not None and not out.absolute().parent.is_dir():
@@ -125,6 +131,20 @@ def patch(
         data = data[draw(data.name, len(data), n, seed)]
     else:
         data = mi.load_task(task, loaded, n, seed)
+    if dry_run:
+        cells = mi.patching_cells(
+            loaded,
+            data,
+            site,
+            direction=direction,
+            positions=where,
+            layers=layer_list,
+            heads=head_list,
+            align=align,
+        )
+        on = "corrupted" if direction == "denoising" else "clean"
+        typer.echo(mi.plan(loaded, data, cells, on=on, metric=metric, memory=memory))
+        return
     result = mi.activation_patching(
         loaded,
         data,
@@ -135,6 +155,7 @@ def patch(
         align=align,
         layers=layer_list,
         heads=head_list,
+        memory=memory,
     )
     name, unit = next(iter(result.convention.metrics.items()))
     means = {run: float(result.data[run].mean()) for run in ("clean", "corrupted")}

@@ -221,17 +221,38 @@ class Resample(Edit):
         donors = torch.empty_like(rows.prompt)
         for prompt in rows.prompt.unique().tolist():
             mine = rows.prompt == prompt
-            able = self.source.prompts_with(rows.source[mine].tolist())
-            if not able:
-                raise ValueError(
-                    f"no prompt of the resampling data has all positions that prompt {prompt} "
-                    f"needs ({rows.source[mine].tolist()}). Give longer prompts, or positions "
-                    "that exist in them."
-                )
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + prompt)
-            draw = int(torch.randint(len(able), (1,), generator=generator))
-            donors[mine] = able[draw]
+            donors[mine] = self.donor(prompt, rows.source[mine].tolist())
         return self.source.rows(self.site, rows.layer, donors, rows.source, rows.heads).to(own)
+
+    def donor(self, prompt: int, positions: Sequence[int]) -> int:
+        """Return the prompt of the source that gives ``prompt`` its values.
+
+        Raises:
+            ValueError: No prompt of the source stores all the positions.
+        """
+        able = self.source.prompts_with(positions)
+        if not able:
+            raise ValueError(
+                f"no prompt of the resampling data has all positions that prompt {prompt} "
+                f"needs ({list(positions)}). Give longer prompts, or positions that exist in "
+                "them."
+            )
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + prompt)
+        return able[int(torch.randint(len(able), (1,), generator=generator))]
+
+    def drawn(self, positions: Sequence[Sequence[int]]) -> Replace:
+        """Return the edit as a replacement, each prompt's donor drawn for its positions."""
+        donors = [self.donor(prompt, mine) for prompt, mine in enumerate(positions)]
+        source = self.source
+        given = Activations(
+            stored={key: source[key][donors] for key in source if key[0] == self.site},
+            index=source.index[donors],
+            lengths=tuple(source.lengths[donor] for donor in donors),
+            heads=source.heads,
+            info=source.info,
+        )
+        where = {f.name: getattr(self, f.name) for f in fields(Edit)}
+        return Replace(where.pop("site"), given, **where)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

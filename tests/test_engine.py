@@ -10,6 +10,7 @@ from zoo import CAUSAL, NAMES, tokens, zoo
 
 import mechinterp as mi
 from mechinterp.edits import Replace
+from mechinterp.engine.checking import TOLERANCE
 from mechinterp.engine.runs import run_of
 from mechinterp.hooks import HookManager
 from mechinterp.sites import AXES, SITES, head_axis, site_layers
@@ -48,7 +49,7 @@ def plain_logits(
 
 def assert_equal_logits(mine: torch.Tensor, plain: torch.Tensor) -> None:
     """Equal within the documented tolerance, which is relative to the largest logit."""
-    share = 1e-7 if plain.dtype == torch.float64 else 1e-5
+    share = TOLERANCE[plain.dtype]
     torch.testing.assert_close(mine, plain, rtol=0, atol=share * float(plain.abs().max()))
 
 

@@ -172,3 +172,54 @@ def tokenizer() -> tf.PreTrainedTokenizerFast:
         eos_token="<eos>",
         unk_token="<unk>",
     )
+
+
+def random_zoo(
+    family: str,
+    *,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int,
+    window: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+) -> TransformerBridge:
+    """A model of one of the zoo's families, of another shape and with other weights."""
+    from mechinterp.models import load_model
+
+    if family == "native":
+        fields = {
+            "n_layers": n_layers,
+            "d_model": 32,
+            "n_ctx": N_CTX,
+            "d_head": 32 // n_heads,
+            "n_heads": n_heads,
+            "d_vocab": D_VOCAB,
+            "act_fn": "gelu",
+            "d_mlp": 64,
+            "seed": seed,
+            "attn_only": window == 2,
+            "initializer_range": 0.2,
+        }
+        return load_model(boot_native(fields, dtype=dtype))
+    model_class, config_class, fields = _MODELS[family]
+    named = {
+        "n_layer" if family == "gpt2" else "num_hidden_layers": n_layers,
+        "n_head" if family == "gpt2" else "num_attention_heads": n_heads,
+    }
+    own = {"num_key_value_heads": n_kv_heads, "sliding_window": window, "head_dim": 8}
+    named |= {name: value for name, value in own.items() if name in fields}
+    if "layer_types" in fields:
+        types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+        named["layer_types"] = types[:n_layers]
+    config = getattr(tf, config_class)(**(fields | named))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = getattr(tf, model_class)._from_config(config, attn_implementation="eager")
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=0.15)
+                else:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+    return load_model(module.to(dtype).eval())

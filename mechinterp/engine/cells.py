@@ -98,6 +98,8 @@ class Resolver:
         if asked not in self._layers:
             self._layers[asked] = resolve_layers(self.model, edit.site, edit.layers)
         own, source = self._positions(edit)
+        if isinstance(edit, Resample):  # its donors depend on all the positions of a prompt
+            edit = edit.drawn([row[row >= 0].tolist() for row in own])
         keys = None
         if edit.key_positions != "all":
             listed = position_lists(edit.key_positions, self.lengths, self.run.roles)
@@ -220,6 +222,22 @@ def is_uniform(edit: Edit) -> bool:
     return same and _means_the_same(edit.positions) and edit.key_positions == "all"
 
 
+def looks_ahead(edit: Edit) -> bool:
+    """Whether an edit may make a query attend to later positions.
+
+    Only an edit of the pattern can: scores that are masked stay masked.
+    """
+    if edit.site != "pattern" or isinstance(edit, Zero | Scale | Mean | Resample):
+        return False
+    if isinstance(edit, Replace):
+        return not isinstance(edit.source, Activations) and not _is_zero(edit.source)
+    return True
+
+
+def _is_zero(source: object) -> bool:
+    return isinstance(source, int | float) and source == 0
+
+
 def _means_the_same(spec: Any) -> bool:
     """Whether a position is the same number in every prompt, as far as it exists."""
     if isinstance(spec, str | int):
@@ -292,8 +310,6 @@ class Sameness:
 
 def _kind(edit: Edit) -> tuple[Any, ...]:
     """Return what two edits share when one call of ``new`` can serve both."""
-    if isinstance(edit, Resample):  # its donors depend on the positions of the whole prompt
-        return (id(edit),)
     where = {"layers", "heads", "neurons", "positions", "key_positions", "source_positions"}
     rest = [getattr(edit, f.name) for f in fields(edit) if f.name not in where]
     by_identity = [id(v) if isinstance(v, Tensor | Activations) else v for v in rest]

@@ -22,10 +22,10 @@ from mechinterp.hooks import HookManager
 from mechinterp.models import input_device
 from mechinterp.sites import AXES, locate
 
-# Largest difference of a logit, as a share of the largest logit. transformers takes the softmax
-# in float32 whatever the dtype, so float64 runs agree no better than that allows.
+# Largest difference of a logit, as a share of the largest logit. transformers takes softmaxes
+# and some norms in float32 whatever the dtype, so float64 runs agree no better than that.
 TOLERANCE = {
-    torch.float64: 1e-7,
+    torch.float64: 1e-6,
     torch.float32: 1e-5,
     torch.float16: 2e-2,
     torch.bfloat16: 5e-2,

@@ -25,6 +25,7 @@ from mechinterp.engine.base import (
     run_base,
     scheduled,
 )
+from mechinterp.engine.cells import looks_ahead
 from mechinterp.engine.checking import check, unchecked
 from mechinterp.engine.packing import Rows
 from mechinterp.engine.passes import Pass
@@ -89,6 +90,8 @@ class Engine:
         if self.foreign:
             some = ", ".join(self.foreign[:3])
             self.path, self.why = "full", f"hooks that are not ours are in place ({some})"
+        elif self.path == "fast" and (ahead := _looking_ahead(sweep)):
+            self.path, self.why = "full", ahead
 
     @cached_property
     def wiring(self) -> Wiring:
@@ -413,6 +416,17 @@ class Engine:
 
 class _CannotError(RuntimeError):
     """The quick paths do not work here; the message says why."""
+
+
+def _looking_ahead(sweep: Sweep) -> str:
+    for number, cell in enumerate(sweep.cells):
+        if any(map(looks_ahead, cell.edits)):
+            return f"cell {number} may attend to later positions, with values of its own"
+    edits = [action.edit for action in sweep.in_force]
+    edits += [edit for run in sweep.runs for edit in run.edits]
+    if any(map(looks_ahead, edits)):
+        return "an edit in force may attend to later positions"
+    return ""
 
 
 def wants_reference(reader: Reader) -> bool:

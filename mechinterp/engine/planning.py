@@ -309,7 +309,7 @@ class Plan:
         lines = [
             f"{self.cells:,} cells: {self.rows:,} runs of one prompt that can change something",
             f"{self.token_layers:,} token-layers, {share:.1%} of running every cell in full",
-            f"{self.flop / 1e9:,.1f} GFLOP in {self.passes:,} passes",
+            f"{self.flop / 1e9:,.1f} GFLOP in {self.passes:,} pass" + "es" * (self.passes != 1),
             f"about {self.seconds:,.1f} s and at most {_size(self.peak_bytes)}",
             f"path: {self.path}" + (f" ({self.why})" if self.why else ""),
         ]
@@ -362,8 +362,8 @@ def _timed_block(
 ) -> float:
     d_model = wiring.example_hidden.shape[-1]
     hidden = torch.randn(bins, width, d_model).to(wiring.example_hidden)
-    position = np.broadcast_to(np.arange(width) % wiring.width, (bins, width))
-    keys = np.broadcast_to(np.arange(prefix + width) % wiring.width, (bins, prefix + width))
+    position = np.tile(np.arange(width) % wiring.width, (bins, 1))
+    keys = np.tile(np.arange(prefix + width) % wiring.width, (bins, 1))
     frame = Frame(wiring, position, np.ones((bins, width, prefix + width), dtype=bool), keys)
     before = None
     if prefix:

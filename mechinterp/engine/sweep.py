@@ -93,9 +93,9 @@ class Sweep:
             ends = self.prompts.lengths[offset : offset + len(self.run)] - 1
             layers, first = acts_from(writes, ends if whole else self.ends, same)
             prompts = (first < NEVER).nonzero()[0]
-            apart = [w for w in writes if not is_uniform(w.edit)]
+            apart = [w for w in writes if len(self.run) > 1 and not is_uniform(w.edit)]
             alike = np.full(len(self.run), NEVER, dtype=np.int32)
-            if apart:
+            if apart:  # prompts part where edits that differ between them act
                 alike = acts_from(apart, ends)[1]
             alike = np.minimum(alike, self.prompts.alike[offset : offset + len(self.run)])
             n = len(prompts)

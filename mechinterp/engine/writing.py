@@ -58,47 +58,30 @@ class Group:
     ) -> None:
         """Write into ``out``, whose rows are the packing's columns."""
         edit, site = self.write.edit, self.write.edit.site
-        picked = out[self.token]
+        token = self.token.to(out.device)
+        picked = out[token]
         mine = None
         if "key_pos" in AXES[site]:
             assert columns is not None
-            mine = columns[self.token]
+            mine = columns.to(out.device)[token]
             picked = in_key_order(site, picked, mine)
         if self.units is not None:
             picked = picked[:, list(self.units)]
         heads = self.write.target.heads if self.units is None else self.units
         rows = Rows(self.write.layer, self.prompt, self.own, self.source, heads)
         new = edit.new(picked, rows)
-        new = on_keys(site, picked, new, self._keys(picked))
+        new = on_keys(site, picked, new, self._keys(picked)).to(out)
         if site == "scores":
             check_some_key_is_left(new, rows)
-        if self.unit is not None and self.units is not None:
+        unit = None
+        if self.unit is not None:
             each = torch.arange(len(new), device=new.device)
-            new, picked = new[each, self.unit][:, None], None
-            unit = torch.tensor(self.units, device=new.device)[self.unit][:, None]
-        elif self.units is not None:
-            unit = torch.tensor(self.units, device=new.device).expand(len(new), -1)
-        else:
-            unit = None
-        self._put(out, new.to(out), unit, mine)
-
-    def _put(
-        self,
-        out: Float[Tensor, "flat ..."],
-        new: Float[Tensor, "token ..."],
-        unit: Int[Tensor, "token unit"] | None,
-        columns: Int[Tensor, "token position"] | None,
-    ) -> None:
-        if columns is None and unit is None:
-            out[self.token] = new
-        elif columns is None and unit is not None:
-            out[self.token[:, None], unit] = new
-        elif columns is not None:
-            if unit is None:
-                unit = torch.arange(out.shape[1], device=out.device).expand(len(new), -1)
-            t, position = (columns >= 0).nonzero(as_tuple=True)
-            key = columns[t, position]
-            out[self.token[t][:, None], unit[t], key[:, None]] = new[t, :, position]
+            new = new[each, self.unit.to(new.device)][:, None]
+        if self.units is not None:
+            unit = torch.tensor(self.units, device=out.device)
+            one = self.unit is not None
+            unit = unit[self.unit.to(out.device)][:, None] if one else unit.expand(len(new), -1)
+        _put(out, token, new, unit, mine)
 
     def _keys(self, picked: Tensor) -> Tensor | None:
         """Return which of the prompt's positions the write acts on as keys."""
@@ -108,6 +91,26 @@ class Group:
         for i, prompt in enumerate(self.prompt.tolist()):
             chosen[i, list(self.write.keys[prompt])] = True
         return chosen.to(picked.device)
+
+
+def _put(
+    out: Float[Tensor, "flat ..."],
+    token: Int[Tensor, " token"],
+    new: Float[Tensor, "token ..."],
+    unit: Int[Tensor, "token unit"] | None,
+    columns: Int[Tensor, "token position"] | None,
+) -> None:
+    """Write ``new`` into rows ``token`` of ``out``: all of it, some units, some keys."""
+    if columns is None and unit is None:
+        out[token] = new
+    elif columns is None and unit is not None:
+        out[token[:, None], unit] = new
+    elif columns is not None:
+        if unit is None:
+            unit = torch.arange(out.shape[1], device=out.device).expand(len(new), -1)
+        t, position = (columns >= 0).nonzero(as_tuple=True)
+        key = columns[t, position]
+        out[token[t][:, None], unit[t], key[:, None]] = new[t, :, position]
 
 
 def in_key_order(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from itertools import chain
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -18,7 +19,8 @@ _NOT_IDENTITY = {"architectures", "dtype", "torch_dtype", "transformers_version"
 # What a tensor was when it was hashed: the object, its storage, its version, its sum. Edits
 # through ``.data`` leave the version alone, so the sum is compared as well.
 _State = tuple["ReferenceType[Tensor]", int, int, float]
-_KNOWN: WeakKeyDictionary[TransformerBridge, tuple[list[_State], str]] = WeakKeyDictionary()
+_Known = tuple[dict[str, object], list[_State], str]
+_KNOWN: WeakKeyDictionary[TransformerBridge, _Known] = WeakKeyDictionary()
 
 
 def fingerprint(model: TransformerBridge) -> str:
@@ -27,18 +29,20 @@ def fingerprint(model: TransformerBridge) -> str:
     Equal for a model and its saved and reloaded copy, on any device. Computed once per state
     of the weights: later calls only compare what they find with what was hashed.
     """
-    tensors = _tensors(model)
+    own = list(chain(model.original_model.parameters(), model.original_model.buffers()))
+    configuration = _configuration(model)
     if model in _KNOWN:
-        states, digest = _KNOWN[model]
-        if len(states) == len(tensors) and all(map(_unchanged, states, tensors.values())):
+        hashed, states, digest = _KNOWN[model]
+        same = hashed == configuration and len(states) == len(own)
+        if same and all(map(_unchanged, states, own)):
             return digest
-    hasher = hashlib.sha256(json.dumps(_configuration(model), sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
+    hasher = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode())
+    for name, tensor in sorted(_tensors(model).items()):
         hasher.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         hasher.update(flat.view(torch.uint8).numpy().data)
     digest = hasher.hexdigest()
-    _KNOWN[model] = ([_state(tensor) for tensor in tensors.values()], digest)
+    _KNOWN[model] = (configuration, [_state(tensor) for tensor in own], digest)
     return digest
 
 

@@ -1,0 +1,219 @@
+"""Laws of the engine: whatever the model, the prompts and the cells, it equals plain runs."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_engine import plain_logits
+from torch.overrides import TorchFunctionMode
+from transformer_lens.model_bridge import TransformerBridge
+from zoo import random_zoo, tokens
+
+import mechinterp as mi
+from mechinterp.edits import Add, Edit, Mean, Project, Replace, Resample, Scale, Zero
+from mechinterp.engine import planning
+from mechinterp.engine.cells import resolve
+from mechinterp.engine.checking import TOLERANCE
+from mechinterp.engine.runs import run_of
+from mechinterp.hooks import HookManager
+from mechinterp.sites import AXES, SITES, head_axis, n_heads, site_layers
+
+FAMILIES = [
+    "gpt2",
+    "neox",
+    "llama",
+    "gemma2",
+    "gemma3",
+    "opt",
+    "phi",
+    "falcon",
+    "native",
+    "bert",
+]
+KINDS = [
+    "other run",
+    "zero",
+    "scale",
+    "add",
+    "project",
+    "mean",
+    "position mean",
+    "resample",
+    "number",
+]
+QUICK = settings(
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+shapes = st.fixed_dictionaries(
+    {
+        "n_layers": st.integers(1, 4),
+        "n_heads": st.sampled_from([2, 4]),
+        "n_kv_heads": st.sampled_from([1, 2]),
+        "window": st.integers(2, 6),
+        "seed": st.integers(0, 99),
+    }
+)
+lengths = st.lists(st.integers(3, 11), min_size=1, max_size=4)
+# One edit as plain numbers, made into an edit of the model at hand later.
+drafts = st.lists(
+    st.tuples(*[st.integers(0, 999)] * 4, st.sampled_from(KINDS)), min_size=1, max_size=4
+)
+cell_drafts = st.lists(drafts, min_size=1, max_size=5)
+
+
+def a_task(model: TransformerBridge, sizes: list[int], shared: int, seed: int) -> mi.Task:
+    """Random prompts that begin alike; a role that lies elsewhere in each."""
+    start = tokens(1, shared, seed=seed)[0].tolist() if shared else []
+
+    def rows(which: int) -> list[list[int]]:
+        made = [tokens(1, n, seed=seed + 7 * n + which)[0].tolist() for n in sizes]
+        return [(start + row)[: len(row)] for row in made]
+
+    who = [(n // 2, min(n, n // 2 + 2)) for n in sizes]
+    return mi.Task.from_tokens(
+        model,
+        clean=rows(1),
+        corrupted=rows(2),
+        answers=[0] * len(sizes),
+        distractors=[1] * len(sizes),
+        roles={"who": who},
+        answer_positions=[n - 1 - (n > 4) for n in sizes],
+    )
+
+
+def an_edit(
+    model: TransformerBridge, draft: tuple[int, int, int, int, str], source: Any
+) -> Edit:
+    """The edit that a draft means on this model."""
+    a, b, c, d, kind = draft
+    there = [s for s in SITES if s == "embed" or site_layers(model, s)]
+    site = there[a % len(there)]
+    layer = (
+        None if site == "embed" else site_layers(model, site)[b % len(site_layers(model, site))]
+    )
+    keyed = "key_pos" in AXES[site]
+    where: dict[str, Any] = {
+        "layers": layer,
+        "positions": ["all", "end", "who", 1, -2, [0, "end"], slice(1, 3)][c % 7],
+    }
+    if head_axis(site) and layer is not None and d % 3:
+        where["heads"] = d % n_heads(model, site, layer)
+    if keyed and kind not in ("other run", "zero"):
+        kind = "scale"  # the others have values of their own for keys, or for the masked ones
+    generator = torch.Generator().manual_seed(d)
+    size = {"d_model": model.cfg.d_model, "d_head": model.cfg.d_head}.get(AXES[site][-1])
+    size = size or source[site, layer].shape[-1]
+    direction = torch.randn(size, generator=generator, dtype=torch.float64).to(
+        source["embed"].dtype
+    )
+    made: dict[str, Edit] = {
+        "other run": Replace(site, source, **where),
+        "zero": Zero(site, **where),
+        "scale": Scale(site, 0.3, **where),
+        "mean": Mean(site, source, **where),
+        "position mean": Mean(site, source, per_position=True, **where),
+        "resample": Resample(site, source, seed=d, **where),
+        "number": Replace(site, 0.5, **where),
+    }
+    if not keyed:
+        made["add"] = Add(site, direction, scale=0.5, **where)
+        made["project"] = Project(site, direction, **where)
+    return made[kind]
+
+
+EXAMPLES = st.tuples(
+    st.sampled_from(FAMILIES),
+    shapes,
+    lengths,
+    st.integers(0, 3),
+    cell_drafts,
+    st.sampled_from(["clean", "corrupted"]),
+    st.sampled_from([12, 40, 4096]),
+)
+
+
+@QUICK
+@given(EXAMPLES)
+def test_random_cells_on_random_models_equal_plain_runs(example):
+    check_equal(torch.float32, *example)
+
+
+class TrueDouble(TorchFunctionMode):
+    """Keeps transformers from doing softmaxes and norms of a float64 model in float32."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+@QUICK
+@given(EXAMPLES)
+def test_in_true_double_precision_they_agree_to_a_billionth(example):
+    with TrueDouble():
+        check_equal(torch.float64, *example)
+
+
+@pytest.mark.slow
+@settings(QUICK, max_examples=60)
+@given(EXAMPLES)
+def test_more_random_cells_on_random_models_equal_plain_runs(example):
+    check_equal(torch.float32, *example)
+
+
+def check_equal(
+    dtype: torch.dtype,
+    family: str,
+    shape: dict[str, int],
+    sizes: list[int],
+    shared: int,
+    drafted: list,
+    on: str,
+    columns: int,
+) -> None:
+    """Fail unless the engine gives the logits of plain hooked runs, cell by cell."""
+    model = random_zoo(family, dtype=dtype, **shape)
+    task = a_task(model, sizes, shared, shape["seed"])
+    other = "clean" if on == "corrupted" else "corrupted"
+    there = [s for s in SITES if s == "embed" or site_layers(model, s)]
+    source = HookManager(model).capture(run_of(task, other), there)
+    cells, plain = [], []
+    for drafted_cell in drafted:
+        cell = mi.Cell([an_edit(model, draft, source) for draft in drafted_cell])
+        try:
+            expected = plain_logits(model, task, [cell], on)
+        except ValueError:  # no prompt of the source reaches a position
+            continue
+        if conflicting(model, task, cell, on):
+            continue
+        cells.append(cell)
+        plain.append(expected)
+    if not cells:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "_CPU_TOKENS", columns)
+        mine = mi.cell_logits(model, task, cells, on=on)
+    expected = torch.cat(plain)
+    share = 1e-9 if dtype == torch.float64 else TOLERANCE[dtype]
+    torch.testing.assert_close(mine, expected, rtol=0, atol=share * float(expected.abs().max()))
+
+
+def conflicting(model: TransformerBridge, task: mi.Task, cell: mi.Cell, on: str) -> bool:
+    """Whether a cell undoes one of its own edits, and is refused for that."""
+    try:
+        resolve(model, run_of(task, on), [cell])
+    except ValueError as error:
+        assert "twice at the same place" in str(error)
+        return True
+    return False
