@@ -200,17 +200,7 @@ def apply_metric(
         TypeError: The metric did not return a tensor.
         ValueError: It has another shape, or is NaN or infinite for some prompt.
     """
-    value = fn(logits, targets)
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"metric {name!r} returned {type(value).__name__}. "
-            "Return a tensor with one value per prompt."
-        )
-    if value.shape != logits.shape[:1]:
-        raise ValueError(
-            f"metric {name!r} returned shape {tuple(value.shape)} for {len(logits)} prompts. "
-            f"Return one value per prompt, shape ({len(logits)},)."
-        )
+    value = try_metric(name, fn, logits, targets)
     if not bool(value.isfinite().all()):
         bad = (~value.isfinite()).nonzero().flatten().tolist()
         bad = bad if prompts is None else sorted({prompts[row] for row in bad})
@@ -221,6 +211,29 @@ def apply_metric(
             f"metric {name!r} is NaN or infinite on prompts {_some(bad)}; the cause is "
             f"{at_fault}. Look for an edit that leaves a query nothing to attend to, or an "
             "overflow in half precision (load the model with dtype=torch.float32)."
+        )
+    return value
+
+
+def try_metric(
+    name: str, fn: Callable, logits: Float[Tensor, "prompt d_vocab"], targets: Targets
+) -> Float[Tensor, " prompt"]:
+    """Return ``fn(logits, targets)``, having checked that it is one number per prompt.
+
+    Raises:
+        TypeError: The metric did not return a tensor.
+        ValueError: It has another shape.
+    """
+    value = fn(logits, targets)
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"metric {name!r} returned {type(value).__name__}. "
+            "Return a tensor with one value per prompt."
+        )
+    if value.shape != logits.shape[:1]:
+        raise ValueError(
+            f"metric {name!r} returned shape {tuple(value.shape)} for {len(logits)} prompts. "
+            f"Return one value per prompt, shape ({len(logits)},)."
         )
     return value
 

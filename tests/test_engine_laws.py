@@ -47,7 +47,7 @@ QUICK = settings(
     max_examples=10,
     deadline=None,
     derandomize=True,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example],
 )
 
 shapes = st.fixed_dictionaries(

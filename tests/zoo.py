@@ -203,7 +203,7 @@ def random_zoo(
         }
         return load_model(boot_native(fields, dtype=dtype))
     model_class, config_class, fields = _MODELS[family]
-    named = {
+    named: dict = {
         "n_layer" if family == "gpt2" else "num_hidden_layers": n_layers,
         "n_head" if family == "gpt2" else "num_attention_heads": n_heads,
     }

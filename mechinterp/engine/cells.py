@@ -138,15 +138,21 @@ def padded(
 
 
 def resolve(
-    model: TransformerBridge, run: Run, cells: Sequence[Cell]
+    model: TransformerBridge, run: Run, cells: Sequence[Any]
 ) -> list[tuple[Write, ...]]:
     """Return the writes of every cell, checked to fit the model and each other.
 
     Raises:
+        TypeError: Something is not a cell.
         ValueError: There are no cells; one is of another model; an edit names what the model
             or a prompt does not have, or puts two values at the same place. All before any
             forward pass.
     """
+    for number, cell in enumerate(cells):
+        if not isinstance(cell, Cell):
+            raise TypeError(
+                f"cell {number} is a {type(cell).__name__}. Pass mi.Cell([edit, ...]) objects."
+            )
     if not cells:
         raise ValueError("there are no cells to run. Pass at least one.")
     _check_model(model, cells)
@@ -184,7 +190,9 @@ def _check_conflicts(number: int, writes: Sequence[Write]) -> None:
     by_place: dict[tuple[str, int], list[Write]] = {}
     for write in writes:
         by_place.setdefault(write.place, []).append(write)
-    for (site, _), there in by_place.items():
+    for there in by_place.values():
+        # What leaves a block is written before what enters the next.
+        there.sort(key=lambda write: write.edit.site == "resid_pre")
         for i, later in enumerate(there):
             if not isinstance(later.edit, _PUTS):
                 continue
@@ -192,11 +200,11 @@ def _check_conflicts(number: int, writes: Sequence[Write]) -> None:
                 prompt = _overlap(earlier, later)
                 if prompt is not None and earlier.edit is not later.edit:
                     at = "" if later.layer is None else f" at layer {later.layer}"
+                    undone, by = earlier.edit, later.edit
                     raise ValueError(
-                        f"cell {number} edits {site}{at} of prompt {prompt} twice at the same "
-                        f"place: {type(later.edit).__name__} would undo "
-                        f"{type(earlier.edit).__name__}. Keep one of the two, or split them "
-                        "into two cells."
+                        f"cell {number} edits {by.site}{at} of prompt {prompt} twice at the "
+                        f"same place: {type(by).__name__} would undo {type(undone).__name__} "
+                        f"of {undone.site}. Keep one of the two, or split them into two cells."
                     )
 
 

@@ -1,9 +1,10 @@
 """The self-check: before it is trusted, the engine meets plain hooked runs.
 
-On the longest prompt and a shorter (so padded) one: the base runs and the activations read from
-them, then cells of every kind of site in use, at the first layer, the last, and one of each
-type of layer. What was found is remembered while the model, its edits in force and the kind of
-cell stay the same.
+On the longest prompt and a shorter (so padded) one: the base runs and the activations read
+from them, then cells of every kind of site in use, at the first layer, the last, and one of
+each type of layer. What was found is remembered while the weights, the edits in force and the
+kind of cell stay the same and prompts are no longer; code that is swapped under the same
+weights is not noticed.
 """
 
 from collections.abc import Callable, Hashable
@@ -30,7 +31,8 @@ TOLERANCE = {
     torch.float16: 2e-2,
     torch.bfloat16: 5e-2,
 }
-_FOUND: WeakKeyDictionary[nn.Module, dict[Hashable, str]] = WeakKeyDictionary()
+# Per model and kind of cell: the longest prompt checked, and what was wrong.
+_FOUND: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[int, str]]] = WeakKeyDictionary()
 Ends = Callable[[Rows], tuple[Rows, Tensor]]
 
 
@@ -47,16 +49,18 @@ def check(sweep: Sweep, path: str, of_run: Callable[[int], Tensor], logits_of: E
     ``of_run`` gives the engine's logits of a numbered prompt, ``logits_of`` those of rows.
     """
     known = _FOUND.setdefault(sweep.model, {})
-    reasons = [known[key] for key in _keys(sweep, path).values() if known.get(key)]
-    if reasons:
-        return reasons[0]
+    keys = _keys(sweep, path)
+    for key in keys.values():
+        if key in known and known[key][1]:
+            return known[key][1]
     rows, prompts = _cases(sweep, path)
     if not len(rows):
         return ""
     reason = _runs_differ(sweep, prompts, of_run) or _rows_differ(sweep, rows, logits_of)
-    for kind, key in _keys(sweep, path).items():
+    longest = int(sweep.prompts.lengths.max())
+    for kind, key in keys.items():
         if reason or kind in {_kind(sweep, int(cell)) for cell in rows.cell}:
-            known[key] = reason
+            known[key] = longest, reason
     return reason
 
 
@@ -128,7 +132,9 @@ def _cases(sweep: Sweep, path: str) -> tuple[Rows, list[int]]:
     rows, offset = sweep.rows, sweep.prompts.offset[sweep.run.name]
     lengths = sweep.run.prompts.lengths.numpy()
     known, keys = _FOUND.get(sweep.model, {}), _keys(sweep, path)
-    if not len(rows) or all(keys[kind] in known for kind in keys):
+    longest = int(sweep.prompts.lengths.max())
+    trusted = {kind for kind, key in keys.items() if key in known and known[key][0] >= longest}
+    if not len(rows) or len(trusted) == len(keys):
         return rows[np.zeros(0, dtype=np.int64)], []
     there = np.unique(rows.prompt - offset)
     ranked = there[np.argsort(lengths[there], kind="stable")].tolist()
@@ -140,7 +146,7 @@ def _cases(sweep: Sweep, path: str) -> tuple[Rows, list[int]]:
     here = np.isin(rows.prompt - offset, prompts).nonzero()[0]
     for r in here.tolist():
         kind = _kind(sweep, int(rows.cell[r]))
-        if keys[kind] not in known:
+        if kind not in trusted:
             kinds.setdefault(kind, {}).setdefault(int(rows.start[r]), []).append(r)
     chosen: list[int] = []
     for by_start in kinds.values():
@@ -169,7 +175,6 @@ def _keys(sweep: Sweep, path: str) -> dict[Hashable, Hashable]:
         path,
         str(parameter.dtype),
         str(input_device(sweep.model)),
-        int(lengths.max()).bit_length(),
         bool((lengths != lengths[0]).any()),
         in_force,
         own,

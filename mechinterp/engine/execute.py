@@ -6,6 +6,7 @@ position on; ``layers`` computes whole prompts from the first changed layer on (
 are trusted.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ class Engine:
             warnings.warn(
                 f"every cell runs the whole model: {self.why}. The numbers are the same.",
                 SlowPathWarning,
-                stacklevel=4,
+                stacklevel=_callers(),
             )
             return self._in_full(reader, reader_of)
         finally:
@@ -154,7 +155,7 @@ class Engine:
                     part = work.pop(0)
                     try:
                         done, ends = self._ends(base, part)
-                    except (torch.OutOfMemoryError, RuntimeError) as error:
+                    except RuntimeError as error:
                         work[:0] = _halved(part, error)
                         continue
                     if reader.by_row:
@@ -164,20 +165,31 @@ class Engine:
                     advance(self._token_layers(part))
             if late:
                 self._read_by_cell(reader, late, final, values)
-        for action in sweep.in_force:
-            action.fired = action.acted = True
+        for i, action in enumerate(sweep.in_force):
+            action.fired = True
+            action.acted |= any((under[i].own >= 0).any() for under in sweep.prompts.writes)
         return Outcome(values, of_runs, self.path, self.why, sweep.fingerprint)
 
     def _base(self, columns: int) -> tuple[Base, Tensor]:
         try:
             if self.path == "fast":
-                base, final = run_base(self.sweep, self.wiring, columns)
+                base, final = self._suffix_base(columns)
             else:
                 base, final = run_whole_base(self.sweep, self.wiring)
         except UnknownWiringError as error:
             raise _CannotError(str(error)) from error
         fulfil(self.sweep, base)
         return base, final
+
+    def _suffix_base(self, columns: int) -> tuple[Base, Tensor]:
+        """Run the base runs, with half the columns where the memory does not suffice."""
+        while True:
+            try:
+                return run_base(self.sweep, self.wiring, columns)
+            except RuntimeError as error:
+                if not _no_memory(error) or columns <= self.wiring.width:
+                    raise
+                columns //= 2
 
     def _ends(self, base: Base, part: Part) -> tuple[Rows, Tensor]:
         """Return a part's rows, in the order in which their final residual stream comes."""
@@ -286,9 +298,21 @@ class Engine:
 
     def _logits_of(self, base: Base, rows: Rows) -> tuple[Rows, Float[Tensor, "row d_vocab"]]:
         """Return the logits of a few rows, by this engine's path."""
+        work, found = [Part(rows, int(rows.lengths.max()))], []
         with muted(self.sweep.model):
-            done, ends = self._ends(base, Part(rows, int(rows.lengths.max())))
-            return done, self._logits(None, ends, done.prompt)
+            while work:
+                part = work.pop(0)
+                try:
+                    done, ends = self._ends(base, part)
+                except RuntimeError as error:
+                    work[:0] = _halved(part, error)
+                    continue
+                found.append((done, self._logits(None, ends, done.prompt)))
+        every = (
+            np.concatenate(each)
+            for each in zip(*(vars(d).values() for d, _ in found), strict=True)
+        )
+        return Rows(*every), torch.cat([logits for _, logits in found])
 
     # ------------------------------------------------------------------------------ in full
 
@@ -345,14 +369,13 @@ class Engine:
         """Return what the sweep will cost, after a second of calibration."""
         sweep, shape, rows = self.sweep, self.shape, self.sweep.rows
         n_logits = self._n_logits(reader)
-        columns = self.capacity(reader)
         n, width = len(sweep.run), sweep.run.prompts.tokens.shape[1]
         full = len(sweep.cells) * n * width * shape.n_layers
         base_tokens = int(sweep.prompts.lengths.sum())
         if self.path == "full":
             work: list[Part] = []
         else:
-            work = parts(sweep, rows, columns, shape)
+            work = parts(sweep, rows, self.capacity(reader), shape)
         per_part = []
         for part in work:
             packing = part.packed(sweep.prompts.beginnings if sweep.shares else None)
@@ -435,10 +458,26 @@ def wants_reference(reader: Reader) -> bool:
     return any(all(fn is not known for known in plain) for fn in reader.metrics.values())
 
 
+def _no_memory(error: RuntimeError) -> bool:
+    # torch has a class for accelerators; its CPU allocator raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _callers() -> int:
+    """Return how many frames up the first one outside the package is."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _is_ours(module: str) -> bool:
+    return module.split(".")[0] in ("mechinterp", "jaxtyping", "beartype", "torch")
+
+
 def _halved(part: Part, error: RuntimeError) -> list[Part]:
     """Return a part in two halves after it ran out of memory; raise anything else."""
-    no_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-    if not no_memory or len(part.rows) < 2:
+    if not _no_memory(error) or len(part.rows) < 2:
         raise error
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

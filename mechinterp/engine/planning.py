@@ -5,6 +5,7 @@ blocks at the sizes of the sweep's passes.
 """
 
 import contextlib
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -25,8 +26,9 @@ from mechinterp.sites import AXES, n_neurons
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_LIBRARIES = 50e6  # threads' buffers, compiled kernels and the like, measured
+_SHARING_ROWS = 4096
 _CPU_TOKENS = 4096  # more at once is no faster on a CPU, and only takes memory
-_ROW_SECONDS = 3e-5  # laying out and writing one row
 
 
 @dataclass(frozen=True)
@@ -51,22 +53,22 @@ def shape_of(model: TransformerBridge) -> Shape:
     heads = kv_heads = d_mlp = 0
     flops = 0.0
     for layer, block in enumerate(model.blocks):
-        own: dict[int, int] = {}
+        total = 0
         if "attn" in block.submodules:
             for name in ("q", "k", "v", "o"):
                 weight = getattr(getattr(block.attn, name, None), "weight", None)
                 if isinstance(weight, torch.Tensor):
-                    own[-len(own)] = weight.numel()
+                    total += weight.numel()
                     count = weight.numel() // (d_model * d_head)
                     heads = max(heads, count if name in "qo" else 0)
                     kv_heads = max(kv_heads, count if name == "k" else 0)
         if "mlp" in block.submodules:
             inner = block.mlp.original_component
             parts = inner.parameters() if block.mlp.name is not None else block.mlp.parameters()
-            own |= {p.data_ptr(): p.numel() for p in parts if p.ndim >= 2}
+            total += sum({p.data_ptr(): p.numel() for p in parts if p.ndim >= 2}.values())
             if "out" in block.mlp.submodules:
                 d_mlp = max(d_mlp, n_neurons(model, layer))
-        flops = max(flops, 2.0 * sum(own.values()))
+        flops = max(flops, 2.0 * total)
     parameter = next(model.original_model.parameters())
     unembed = getattr(model, "unembed", None)
     return Shape(
@@ -122,21 +124,23 @@ def default_budget(device: torch.device) -> int:
 def pass_bytes(shape: Shape, bins: int, width: int, keys: int, rows: int, logits: int) -> int:
     """Return an upper estimate of what one pass holds at once, in bytes.
 
-    Of a block: the residual stream four times, queries and the keys and values of every bin as
-    the attention expands them, scores and pattern, or the MLP's inner layers; and the logits.
+    Of a block: the residual stream and its norms, queries and the keys and values of every bin
+    as the attention expands them, scores and pattern, or the MLP's inner layers; and the
+    logits. Half as much again is what the allocator was measured to waste.
     """
     tokens = bins * width
-    stream = 4 * tokens * shape.d_model
+    stream = 8 * tokens * shape.d_model
     attention = tokens * shape.heads * (4 * keys + 6 * shape.d_head)
     expanded = bins * keys * shape.d_head * (3 * shape.heads + 4 * shape.kv_heads)
     mlp = 4 * tokens * max(shape.d_mlp, shape.d_model)
     masks = 2 * tokens * keys * 4 + tokens * keys * 3
     answers = rows * (2 * shape.d_model + 3 * logits)
-    return int(shape.itemsize * (stream + max(attention + expanded, mlp) + answers) + masks)
+    numbers = stream + max(attention + expanded, mlp) + answers
+    return int(1.5 * (shape.itemsize * numbers + masks))
 
 
 def base_bytes(sweep: Sweep, shape: Shape) -> int:
-    """Return what the base runs leave in memory, in bytes."""
+    """Return what the base runs leave in memory, and what libraries take anyway, in bytes."""
     prompts, rows = sweep.prompts, sweep.rows
     nodes = int(prompts.lengths.sum())
     width = prompts.tokens.shape[1]
@@ -157,7 +161,7 @@ def base_bytes(sweep: Sweep, shape: Shape) -> int:
         for axis in AXES[site]:
             numbers *= sizes.get(axis, 1)
         per_node += 2 * numbers  # once per node, once per padded prompt
-    return int(nodes * per_node * shape.itemsize)
+    return int(_LIBRARIES + nodes * per_node * shape.itemsize)
 
 
 # ------------------------------------------------------------------------------------ parts
@@ -201,6 +205,8 @@ def parts(sweep: Sweep, rows: Rows, capacity: int, shape: Shape) -> list[Part]:
         width = best_width(chosen, widest, capacity, shape, beginnings)
         total = np.cumsum(chosen.lengths)
         n_parts = max(1, -(-int(total[-1]) // max(capacity, width)))
+        if beginnings is not None:  # what rows share is a table of rows by rows
+            n_parts = max(n_parts, -(-len(chosen) // _SHARING_ROWS))
         which = np.minimum((total - 1) * n_parts // int(total[-1]), n_parts - 1)
         found += [Part(chosen[which == i], width) for i in range(n_parts) if (which == i).any()]
     return found
@@ -264,11 +270,13 @@ def capacity(sweep: Sweep, shape: Shape, budget: int, logits: int) -> int:
     return low * widest
 
 
-def _size(n: float) -> str:
+def _size(n: float | int) -> str:
+    """Return a size that is no smaller than ``n`` bytes."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n >= size:
-            return f"{n / size:.3g} {unit}"
-    return f"{n:.0f} bytes"
+            shown = math.ceil(100 * n / size) / 100
+            return f"{shown:.2f} {unit}"
+    return f"{math.ceil(n)} B"
 
 
 # ------------------------------------------------------------------------------------- cost
@@ -329,7 +337,7 @@ class Calibration:
     close: float
     close_row: float
 
-    def block(self, tokens: float) -> float:
+    def block(self, tokens: float | int) -> float:
         """Return the seconds of a block on so many columns."""
         if tokens >= self.tokens[-1]:
             return self.seconds[-1] * tokens / self.tokens[-1]
@@ -398,8 +406,3 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-def layer_columns(part: Part, packing: Packing, n_layers: int) -> list[int]:
-    """Return how many columns each layer computes for a packing."""
-    return [packing.active(layer) * part.width for layer in range(n_layers)]

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechinterp.metrics import OF_TARGETS, Metric, Targets, apply_metric
+from mechinterp.metrics import OF_TARGETS, Metric, Targets, apply_metric, try_metric
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +65,11 @@ def reader(
     tried = replace(targets, reference=reference)
     by_row = True
     for name, fn in metrics.items():
-        whole = apply_metric(name, fn, logits, tried)
+        whole = try_metric(name, fn, logits, tried)
         rows = [*range(n), 0][::-1]
         try:
-            some = apply_metric(name, fn, logits[rows], _chosen(tried, rows))
-            by_row &= bool(torch.allclose(some, whole[rows], rtol=1e-4, atol=1e-5))
+            some = try_metric(name, fn, logits[rows], _chosen(tried, rows))
+            by_row &= torch.allclose(some, whole[rows], rtol=1e-4, atol=1e-5, equal_nan=True)
         except Exception:
             by_row = False
     vocabulary = None

@@ -62,13 +62,18 @@ def screened_cells(
     of its spread over cells. A screened cell's value is the exact base plus its effect in
     bfloat16.
     """
-    low = copy.deepcopy(model).to(torch.bfloat16)
+    count = max(_LEAST, int(_SHARE * len(cells)))
+    if count >= len(cells):
+        found = metrics_of_cells(model, task, cells, on=on, metrics=metrics, memory=memory)
+        everything = torch.ones(len(cells), dtype=torch.bool)
+        return Screened(**vars(found), exact=everything)
+    low = copy.deepcopy(model)
+    low.original_model.to(torch.bfloat16)
     rough = metrics_of_cells(low, task, cells, on=on, metrics=metrics, memory=memory)
     del low
     effect = rough.values - rough.runs[on]
     size = effect.mean(1).abs()
     score = (size / size.std(0, correction=0).clamp(min=1e-12)).amax(1)
-    count = min(len(cells), max(_LEAST, int(_SHARE * len(cells))))
     top = score.topk(count).indices
     chosen = [cells[i] for i in top.tolist()]
     fine = metrics_of_cells(model, task, chosen, on=on, metrics=metrics, memory=memory)

@@ -18,8 +18,7 @@ class Base:
 
     ``node[prompt, position]`` numbers the nodes, -1 beyond the prompt. ``resid[layer]`` is what
     enters a layer (the last entry leaves the last), ``keys[layer]`` a pair
-    ``node kv_head d_head``. ``answers`` are the final residual stream where prompts are
-    answered.
+    ``node kv_head d_head``, ``sites`` the activations that cells read.
     """
 
     prompts: Prompted

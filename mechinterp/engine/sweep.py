@@ -8,6 +8,7 @@ the base run's value.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,7 +138,7 @@ class Sweep:
 
 
 def sweep(
-    model: TransformerBridge, runs: Sequence[Run], on: str, cells: Sequence[Cell]
+    model: TransformerBridge, runs: Sequence[Run], on: str, cells: Sequence[Any]
 ) -> Sweep:
     """Resolve cells against a run and the runs they read from.
 

@@ -1,6 +1,6 @@
 """What a user calls: metrics or logits of many cells, and what they will cost."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ Memory = int | float | str | None
 def cell_metrics(
     model: TransformerBridge,
     data: Any,
-    cells: Sequence[Cell],
+    cells: Iterable[Cell],
     *,
     on: str = "clean",
     metric: str | Callable | Mapping[str, str | Callable] | None = None,
@@ -56,7 +56,7 @@ def cell_metrics(
 def cell_logits(
     model: TransformerBridge,
     data: Any,
-    cells: Sequence[Cell],
+    cells: Iterable[Cell],
     *,
     on: str = "clean",
     memory: Memory = None,
@@ -74,7 +74,7 @@ def cell_logits(
 def plan(
     model: TransformerBridge,
     data: Any,
-    cells: Sequence[Cell],
+    cells: Iterable[Cell],
     *,
     on: str = "clean",
     metric: str | Callable | Mapping[str, str | Callable] | None = None,
@@ -94,7 +94,7 @@ def plan(
 def metrics_of_cells(
     model: TransformerBridge,
     task: Task,
-    cells: Sequence[Cell],
+    cells: Iterable[Cell],
     *,
     on: str,
     metrics: Mapping[str, Metric],
@@ -128,6 +128,6 @@ def _logits_reader(_: Tensor | None) -> Reader:
     return Reader({}, None)
 
 
-def _sweep(model: TransformerBridge, task: Task, cells: Sequence[Cell], on: str) -> Sweep:
+def _sweep(model: TransformerBridge, task: Task, cells: Iterable[Cell], on: str) -> Sweep:
     run_of(task, on)
-    return sweep(model, list(task_runs(task).values()), on, cells)
+    return sweep(model, list(task_runs(task).values()), on, tuple(cells))

@@ -18,7 +18,6 @@ import torch
 from einops import einsum
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp.sites import Place
@@ -114,9 +113,8 @@ class _SoftmaxMode(TorchFunctionMode):
 
 
 # By model, then by hook point: the station there, and what uninstalls it.
-_STATIONS: WeakKeyDictionary[nn.Module, dict[str, tuple[_Station, Callable[[], None]]]] = (
-    WeakKeyDictionary()
-)
+_Stations = dict[str, tuple[_Station, Callable[[], None]]]
+_STATIONS: WeakKeyDictionary[nn.Module, _Stations] = WeakKeyDictionary()
 
 _STATION_HANDLES: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
@@ -131,19 +129,20 @@ def tap(model: TransformerBridge, place: Place, function: Tap) -> Callable[[], N
     removers = []
     if place.reads is not None:
         source = Place(place.site, place.layer, place.reads)
-
-        def remember(tensor: Tensor) -> None:
-            read["value"] = tensor
-
+        remember = partial(_remember, read)
         removers.append(_attach(model, source, remember, _STAGE["read"], read))
     removers.append(_attach(model, place, function, _STAGE[place.how], read))
+    return partial(_remove_all, removers, read)
 
-    def remove() -> None:
-        for remover in removers:
-            remover()
-        read.clear()
 
-    return remove
+def _remember(read: dict[str, Tensor], tensor: Tensor) -> None:
+    read["value"] = tensor
+
+
+def _remove_all(removers: list[Callable[[], None]], read: dict[str, Tensor]) -> None:
+    for remover in removers:
+        remover()
+    read.clear()
 
 
 def attached(model: TransformerBridge) -> list[Tap]:
@@ -184,15 +183,14 @@ def foreign_hooks(model: TransformerBridge) -> list[str]:
         if any(not _is_known(handle.user_hook) for handle in handles):
             found.append(name)
     for name, module in model.named_modules():
-        if isinstance(module, HookPoint):
-            continue
         hooks = [
             *module._forward_hooks.values(),
             *module._forward_pre_hooks.values(),
             *module._backward_hooks.values(),
+            *module._backward_pre_hooks.values(),
         ]
         if any(not _is_known(hook) for hook in hooks):
-            found.append(name or type(module).__name__)
+            found.append(name.replace("_original_component.", "") or type(module).__name__)
     return found
 
 
@@ -214,19 +212,22 @@ def _attach(
     if key not in stations:
         station = _Station(model)
         stations[key] = station, _install(model, place, station)
-    station, uninstall = stations[key]
+    station, _ = stations[key]
     entry = _Entry(place, function, stage, next(_SERIAL), read)
     station.add(entry)
+    return partial(_detach, stations, key, entry)
 
-    def remove() -> None:
-        if entry not in station.entries:
-            return
-        station.entries.remove(entry)
-        if not station.entries and not station.muted:
-            uninstall()
-            del stations[key]
 
-    return remove
+def _detach(stations: _Stations, key: str, entry: _Entry) -> None:
+    if key not in stations:
+        return
+    station, uninstall = stations[key]
+    if entry not in station.entries:
+        return
+    station.entries.remove(entry)
+    if not station.entries and not station.muted:
+        uninstall()
+        del stations[key]
 
 
 def _install(model: TransformerBridge, place: Place, station: _Station) -> Callable[[], None]:
@@ -234,16 +235,15 @@ def _install(model: TransformerBridge, place: Place, station: _Station) -> Calla
     if place.how.startswith("softmax"):
         return _install_softmax(module.original_component, station)
     handle = module.add_hook(lambda tensor, hook: station.run(tensor))
-    handles = _STATION_HANDLES.setdefault(module, [])
-    handles.append(handle)
+    _STATION_HANDLES.setdefault(module, []).append(handle)
+    return partial(_uninstall, module, handle)
 
-    def uninstall() -> None:
-        handles.remove(handle)
-        handle.hook.remove()
-        if handle in module.fwd_hooks:  # a reset of all hooks may have been quicker
-            module.fwd_hooks.remove(handle)
 
-    return uninstall
+def _uninstall(module: Any, handle: Any) -> None:
+    _STATION_HANDLES[module].remove(handle)
+    handle.hook.remove()
+    if handle in module.fwd_hooks:  # a reset of all hooks may have been quicker
+        module.fwd_hooks.remove(handle)
 
 
 def _install_softmax(attention: nn.Module, station: _Station) -> Callable[[], None]:
