@@ -240,17 +240,31 @@ class Resample(Edit):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + prompt)
         return able[int(torch.randint(len(able), (1,), generator=generator))]
 
-    def drawn(self, positions: Sequence[Sequence[int]]) -> Replace:
-        """Return the edit as a replacement, each prompt's donor drawn for its positions."""
-        donors = [self.donor(prompt, mine) for prompt, mine in enumerate(positions)]
+    def donors(self, positions: Sequence[Sequence[int]]) -> Activations:
+        """Return what each prompt's donor has, drawn for the positions that the prompt needs.
+
+        Raises:
+            ValueError: The source has not been computed, or has no donor.
+        """
         source = self.source
-        given = Activations(
-            stored={key: source[key][donors] for key in source if key[0] == self.site},
-            index=source.index[donors],
-            lengths=tuple(source.lengths[donor] for donor in donors),
+        if not len(source):
+            raise ValueError(
+                "resampling draws on activations that are there. Capture them first: "
+                "HookManager(model).capture(...)."
+            )
+        chosen = [self.donor(prompt, mine) for prompt, mine in enumerate(positions)]
+        layers = [self.layers] if isinstance(self.layers, int) else self.layers
+        kept = [k for k in source if k[0] == self.site and (not layers or k[1] in layers)]
+        return Activations(
+            stored={key: source[key][chosen] for key in kept or source},
+            index=source.index[chosen],
+            lengths=tuple(source.lengths[donor] for donor in chosen),
             heads=source.heads,
             info=source.info,
         )
+
+    def drawn(self, given: Activations) -> Replace:
+        """Return the edit as a replacement by what its donors have."""
         where = {f.name: getattr(self, f.name) for f in fields(Edit)}
         return Replace(where.pop("site"), given, **where)
 

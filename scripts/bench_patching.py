@@ -47,7 +47,7 @@ from transformer_lens import patching as oracle
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import mechinterp as mi
-from mechinterp.engine.planning import as_bytes
+from mechinterp.engine.sizes import as_bytes
 from mechinterp.metrics import logit_diff
 from mechinterp.results import versions
 from mechinterp.tasks.frames import fill, packaged_rows

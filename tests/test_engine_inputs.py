@@ -389,7 +389,7 @@ def test_any_split_of_the_work_gives_the_same_numbers(name, monkeypatch):
     counts = []
     for columns in (50, 20, 9):
         passes.clear()
-        monkeypatch.setattr("mechinterp.engine.planning._CPU_TOKENS", columns)
+        monkeypatch.setattr("mechinterp.engine.sizes.CPU_COLUMNS", columns)
         torch.testing.assert_close(
             mi.cell_logits(model, task, CELLS), expected, rtol=0, atol=2e-5
         )

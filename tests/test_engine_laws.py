@@ -13,7 +13,7 @@ from zoo import random_zoo, tokens
 
 import mechinterp as mi
 from mechinterp.edits import Add, Edit, Mean, Project, Replace, Resample, Scale, Zero
-from mechinterp.engine import planning
+from mechinterp.engine import sizes as engine_sizes
 from mechinterp.engine.cells import resolve
 from mechinterp.engine.checking import TOLERANCE
 from mechinterp.engine.runs import run_of
@@ -21,6 +21,9 @@ from mechinterp.hooks import HookManager
 from mechinterp.sites import AXES, SITES, head_axis, n_heads, site_layers
 
 FAMILIES = [
+    "mistral",
+    "qwen2",
+    "qwen3",
     "gpt2",
     "neox",
     "llama",
@@ -103,9 +106,16 @@ def an_edit(
         "positions": ["all", "end", "who", 1, -2, [0, "end"], slice(1, 3)][c % 7],
     }
     if head_axis(site) and layer is not None and d % 3:
-        where["heads"] = d % n_heads(model, site, layer)
-    if keyed and kind not in ("other run", "zero"):
+        count = n_heads(model, site, layer)
+        where["heads"] = [d % count, (d + 1) % count] if d % 3 == 2 and count > 1 else d % count
+    if site == "mlp_post" and d % 2 and kind not in ("other run", "add", "project"):
+        where["neurons"] = [d % 64, (d + 1) % 64]
+    if keyed and d % 4 == 1:
+        where["key_positions"] = ["end", 0, "who"][d % 3]
+    if keyed and kind not in ("other run", "zero", "position mean"):
         kind = "scale"  # the others have values of their own for keys, or for the masked ones
+    if keyed and kind == "position mean" and site == "scores":
+        kind = "zero"
     generator = torch.Generator().manual_seed(d)
     size = {"d_model": model.cfg.d_model, "d_head": model.cfg.d_head}.get(AXES[site][-1])
     size = size or source[site, layer].shape[-1]
@@ -202,7 +212,7 @@ def check_equal(
     if not cells:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "_CPU_TOKENS", columns)
+        patch.setattr(engine_sizes, "CPU_COLUMNS", columns)
         mine = mi.cell_logits(model, task, cells, on=on)
     expected = torch.cat(plain)
     share = 1e-9 if dtype == torch.float64 else TOLERANCE[dtype]

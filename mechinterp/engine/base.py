@@ -65,7 +65,7 @@ def embedded(
     """Return what enters the first block in every run, and the embedding itself."""
     prompts = sweep.prompts
     width = prompts.tokens.shape[1]
-    schedule = Schedule(wiring.device)
+    schedule = Schedule(torch.device("cpu"))
     for p in range(len(prompts)):
         run = prompts.run_index(p)
         number = p - prompts.offset[sweep.runs[run].name]
@@ -94,13 +94,14 @@ def embedded_rows(
         return None
     prompts, width = sweep.prompts, sweep.prompts.tokens.shape[1]
     offset = prompts.offset[sweep.run.name]
-    schedule = Schedule(wiring.device)
-    for r in range(len(rows)):
+    schedule = Schedule(torch.device("cpu"))
+    n = int((rows.start == 0).sum())  # rows are in the order of their start
+    for r in range(n):
         number = int(rows.prompt[r]) - offset
         held = (0, int(prompts.lengths[rows.prompt[r]]) - 1)
         schedule.add(sweep.row_writes(int(rows.cell[r])), number, 0, held, r * width)
     groups = schedule.groups("embed", -1)
-    tokens, mask = padded_tokens(prompts, rows.prompt)
+    tokens, mask = padded_tokens(prompts, rows.prompt[:n])
     with in_block(sweep.model, None, {"embed": groups} if groups else {}):
         return wiring.open(tokens, mask)
 

@@ -23,7 +23,7 @@ from mechinterp.sites import resolve_layers
 from mechinterp.tasks.positions import position_lists
 
 NEVER = np.iinfo(np.int32).max  # a position or layer that is never reached
-_PUTS = (Zero, Replace, Mean, Resample)  # kinds that forget what was there
+_PUTS = (Zero, Replace, Mean)  # kinds that forget what was there
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -87,6 +87,7 @@ class Resolver:
         self._layers: dict[Any, list[int | None]] = {}
         self._targets: dict[Any, Target] = {}
         self._pairs: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
+        self._drawn: dict[Any, Activations] = {}
 
     def writes(self, edit: Edit) -> list[Write]:
         """Return the edit's writes, one per layer.
@@ -99,7 +100,10 @@ class Resolver:
             self._layers[asked] = resolve_layers(self.model, edit.site, edit.layers)
         own, source = self._positions(edit)
         if isinstance(edit, Resample):  # its donors depend on all the positions of a prompt
-            edit = edit.drawn([row[row >= 0].tolist() for row in own])
+            asked_of = (id(edit.source), edit.seed, edit.site, edit.layers, id(own))
+            if asked_of not in self._drawn:
+                self._drawn[asked_of] = edit.donors([row[row >= 0].tolist() for row in own])
+            edit = edit.drawn(self._drawn[asked_of])
         keys = None
         if edit.key_positions != "all":
             listed = position_lists(edit.key_positions, self.lengths, self.run.roles)
@@ -230,16 +234,19 @@ def is_uniform(edit: Edit) -> bool:
     return same and _means_the_same(edit.positions) and edit.key_positions == "all"
 
 
-def looks_ahead(edit: Edit) -> bool:
-    """Whether an edit may make a query attend to later positions.
+def looks_ahead(write: Write) -> bool:
+    """Whether a write may make a query attend to later positions.
 
-    Only an edit of the pattern can: scores that are masked stay masked.
+    Only one of the pattern can: scores that are masked stay masked.
     """
-    if edit.site != "pattern" or isinstance(edit, Zero | Scale | Mean | Resample):
+    edit = write.edit
+    if edit.site != "pattern" or isinstance(edit, Zero | Scale):
         return False
+    if isinstance(edit, Replace) and isinstance(edit.source, Activations):
+        return bool((write.source > write.own).any())  # a later query saw more
     if isinstance(edit, Replace):
-        return not isinstance(edit.source, Activations) and not _is_zero(edit.source)
-    return True
+        return not _is_zero(edit.source)
+    return not (isinstance(edit, Mean) and edit.per_position)
 
 
 def _is_zero(source: object) -> bool:
@@ -311,7 +318,7 @@ class Sameness:
             if entering:
                 mine = np.take_along_axis(self.base, np.maximum(write.own, 0), 1)
                 theirs = np.take_along_axis(self.tokens[run], np.maximum(write.source, 0), 1)
-                free |= (mine == theirs) & (mine >= 0) & (in_place | (site == "embed"))
+                free |= (mine == theirs) & (mine >= 0) & in_place
             self._found[asked] = free
         return self._found[asked]
 

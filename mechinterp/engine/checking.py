@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from mechinterp.engine.cells import Write
 from mechinterp.engine.packing import Rows
+from mechinterp.engine.runs import Promised
 from mechinterp.engine.sweep import Sweep
 from mechinterp.engine.writing import seeing
 from mechinterp.hooks import HookManager
@@ -32,6 +34,7 @@ TOLERANCE = {
     torch.bfloat16: 5e-2,
 }
 # Per model and kind of cell: the longest prompt checked, and what was wrong.
+_UNKNOWN = "numbers that are not finite cannot be compared"
 _FOUND: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[int, str]]] = WeakKeyDictionary()
 Ends = Callable[[Rows], tuple[Rows, Tensor]]
 
@@ -58,10 +61,11 @@ def check(sweep: Sweep, path: str, of_run: Callable[[int], Tensor], logits_of: E
         return ""
     reason = _runs_differ(sweep, prompts, of_run) or _rows_differ(sweep, rows, logits_of)
     longest = int(sweep.prompts.lengths.max())
+    checked = {_kind(sweep, int(cell)) for cell in rows.cell}
     for kind, key in keys.items():
-        if reason or kind in {_kind(sweep, int(cell)) for cell in rows.cell}:
+        if reason not in ("", _UNKNOWN) or (not reason and kind in checked):
             known[key] = longest, reason
-    return reason
+    return "" if reason == _UNKNOWN else reason
 
 
 def _runs_differ(sweep: Sweep, prompts: list[int], of_run: Callable[[int], Tensor]) -> str:
@@ -114,7 +118,10 @@ def _differ(plain: Tensor, mine: Tensor, what: str, slack: float = 1.0) -> str:
     """Return how far two tensors are apart, or an empty string within the tolerance."""
     plain, mine = plain.detach().cpu(), mine.detach().cpu()
     if not bool(plain.isfinite().all()):
-        return ""  # whoever reads the numbers will say so
+        same = torch.equal(plain.isfinite(), mine.isfinite())
+        if not same or not bool(plain.isfinite().any()):
+            return _UNKNOWN  # whoever reads the numbers will say what is wrong with them
+        plain, mine = plain[plain.isfinite()], mine[mine.isfinite()]
     low = torch.finfo(plain.dtype).min / 2
     scale = float(plain[plain > low].abs().max()) if bool((plain > low).any()) else 0.0
     allowed = TOLERANCE.get(plain.dtype, 1e-5) * slack * scale + 1e-30
@@ -133,7 +140,11 @@ def _cases(sweep: Sweep, path: str) -> tuple[Rows, list[int]]:
     lengths = sweep.run.prompts.lengths.numpy()
     known, keys = _FOUND.get(sweep.model, {}), _keys(sweep, path)
     longest = int(sweep.prompts.lengths.max())
-    trusted = {kind for kind, key in keys.items() if key in known and known[key][0] >= longest}
+    trusted = {
+        kind
+        for kind, key in keys.items()
+        if key in known and known[key][0] >= longest and "apply" not in str(kind)
+    }
     if not len(rows) or len(trusted) == len(keys):
         return rows[np.zeros(0, dtype=np.int64)], []
     there = np.unique(rows.prompt - offset)
@@ -161,7 +172,19 @@ def _cases(sweep: Sweep, path: str) -> tuple[Rows, list[int]]:
 
 
 def _kind(sweep: Sweep, cell: int) -> Hashable:
-    return tuple(sorted({write.edit.site for write in sweep.writes[cell]}))
+    """Return what cells share that are checked together: sites, edits, kinds of source."""
+    return tuple(
+        sorted(
+            {
+                (w.edit.site, w.edit.kind, isinstance(_stored(w), Promised), w.keys is None)
+                for w in sweep.writes[cell]
+            }
+        )
+    )
+
+
+def _stored(write: Write) -> object:
+    return getattr(write.edit.reads, "stored", None)
 
 
 def _keys(sweep: Sweep, path: str) -> dict[Hashable, Hashable]:

@@ -27,22 +27,19 @@ from mechinterp.engine.base import (
     scheduled,
 )
 from mechinterp.engine.cells import looks_ahead
-from mechinterp.engine.checking import check, unchecked
+from mechinterp.engine.checking import check
 from mechinterp.engine.packing import Rows
+from mechinterp.engine.parts import Part, parts
 from mechinterp.engine.passes import Pass
-from mechinterp.engine.planning import (
-    Part,
-    Plan,
+from mechinterp.engine.reading import Reader
+from mechinterp.engine.sizes import (
     as_bytes,
     base_bytes,
-    calibrated,
     capacity,
     default_budget,
-    parts,
     pass_bytes,
     shape_of,
 )
-from mechinterp.engine.reading import Reader
 from mechinterp.engine.store import Base
 from mechinterp.engine.sweep import Sweep
 from mechinterp.engine.whole import run_in_full, run_whole_base, run_whole_rows
@@ -53,6 +50,8 @@ from mechinterp.metrics import METRICS, kl
 from mechinterp.models import is_causal
 from mechinterp.tasks import answer_logits
 
+# What a module raises that is not made for a part of its positions or another cache.
+_NOT_MADE_FOR_THIS = (AttributeError, TypeError, IndexError, KeyError, NotImplementedError)
 _LOGIT_BYTES = 64e6  # logits held at once
 
 
@@ -104,7 +103,7 @@ class Engine:
 
     def capacity(self, reader: Reader) -> int:
         """Return how many columns a pass may have."""
-        return capacity(self.sweep, self.shape, self.budget, self._n_logits(reader))
+        return capacity(self.sweep, self.shape, self.budget, self.n_logits(reader))
 
     # ------------------------------------------------------------------------------- running
 
@@ -148,21 +147,21 @@ class Engine:
             values = of_runs[sweep.run.name].expand(len(sweep.cells), -1, -1).clone()
             rows = sweep.rows
             work = parts(sweep, rows, columns, self.shape)
-            total = sum(self._token_layers(part) for part in work)
+            total = sum(self.token_layers(part) for part in work)
             late: list[tuple[Rows, Tensor]] = []
             with bar(total, f"{len(sweep.cells)} cells") as advance:
                 while work:
                     part = work.pop(0)
                     try:
                         done, ends = self._ends(base, part)
+                        if reader.by_row:
+                            self._read(reader, done, ends, values)
+                        else:
+                            late.append((done, ends))
                     except RuntimeError as error:
                         work[:0] = _halved(part, error)
                         continue
-                    if reader.by_row:
-                        self._read(reader, done, ends, values)
-                    else:
-                        late.append((done, ends))
-                    advance(self._token_layers(part))
+                    advance(self.token_layers(part))
             if late:
                 self._read_by_cell(reader, late, final, values)
         for i, action in enumerate(sweep.in_force):
@@ -178,6 +177,8 @@ class Engine:
                 base, final = run_whole_base(self.sweep, self.wiring)
         except UnknownWiringError as error:
             raise _CannotError(str(error)) from error
+        except _NOT_MADE_FOR_THIS as error:
+            raise _CannotError(f"its blocks cannot be called in part ({error!r})") from error
         fulfil(self.sweep, base)
         return base, final
 
@@ -199,10 +200,15 @@ class Engine:
             return packing.rows, ends
         packing = part.packed(sweep.prompts.beginnings if sweep.shares else None)
         rows = packing.rows
+        keys = packing.width + packing.prefix
+        taken = pass_bytes(self.shape, packing.n_bins, packing.width, keys, len(rows), 1)
+        if taken > self.budget - base_bytes(sweep, self.shape) and len(rows) > 1:
+            raise torch.OutOfMemoryError("this part would take more than the budget")
         writes = {cell: sweep.row_writes(cell) for cell in set(rows.cell.tolist())}
         schedule = scheduled(sweep, packing, writes)
         enter = embedded_rows(sweep, wiring, packing)
-        one = Pass(wiring, packing, schedule, base, enter, by_row=True)
+        width = sweep.run.prompts.tokens.shape[1]
+        one = Pass(wiring, packing, schedule, base, enter, by_row=True, key_width=width)
         numbers = rows.prompt - sweep.prompts.offset[sweep.run.name]
         return rows, one.run(answer_columns(packing, sweep.ends[numbers]))
 
@@ -224,11 +230,15 @@ class Engine:
         ]
         return answer_logits(self.wiring.close(ends, mask), positions)
 
-    def _n_logits(self, reader: Reader) -> int:
+    def n_logits(self, reader: Reader) -> int:
+        """Return how many logits of a row the reader needs."""
         return self.shape.d_vocab if reader.vocabulary is None else len(reader.vocabulary)
 
     def _chunks(self, reader: Reader, n: int) -> list[slice]:
-        each = max(1, int(_LOGIT_BYTES / (4 * self._n_logits(reader))))
+        per_row = self.n_logits(reader)
+        if self.path == "layers":  # every position has logits
+            per_row *= self.sweep.prompts.tokens.shape[1]
+        each = max(1, int(_LOGIT_BYTES / (4 * per_row)))
         return [slice(start, min(start + each, n)) for start in range(0, n, each)]
 
     def _read(self, reader: Reader, rows: Rows, ends: Tensor, values: Tensor) -> None:
@@ -280,7 +290,8 @@ class Engine:
             found[run.name] = torch.cat(pieces)
         return reader, found
 
-    def _token_layers(self, part: Part) -> float:
+    def token_layers(self, part: Part) -> float:
+        """Return the tokens of a part times the layers that each goes through."""
         return float((part.rows.lengths * (self.shape.n_layers - part.rows.start)).sum())
 
     # ----------------------------------------------------------------------------- the check
@@ -363,91 +374,16 @@ class Engine:
         _, logits = run_in_full(sweep, rows)
         return logits
 
-    # ------------------------------------------------------------------------------- planning
-
-    def plan(self, reader: Reader) -> Plan:
-        """Return what the sweep will cost, after a second of calibration."""
-        sweep, shape, rows = self.sweep, self.shape, self.sweep.rows
-        n_logits = self._n_logits(reader)
-        n, width = len(sweep.run), sweep.run.prompts.tokens.shape[1]
-        full = len(sweep.cells) * n * width * shape.n_layers
-        base_tokens = int(sweep.prompts.lengths.sum())
-        if self.path == "full":
-            work: list[Part] = []
-        else:
-            work = parts(sweep, rows, self.capacity(reader), shape)
-        per_part = []
-        for part in work:
-            packing = part.packed(sweep.prompts.beginnings if sweep.shares else None)
-            per_part.append((packing, [packing.active(at) for at in range(shape.n_layers)]))
-        token_layers = base_tokens * shape.n_layers
-        token_layers += int(sum(self._token_layers(part) for part in work))
-        token_layers = full if self.path == "full" else token_layers
-        peak = base_bytes(sweep, shape)
-        if per_part:
-            peak += max(
-                pass_bytes(shape, p.n_bins, p.width, p.width + p.prefix, len(p.rows), n_logits)
-                for p, _ in per_part
-            )
-        checks = unchecked(self.sweep, self.path) if self.path != "full" else 0
-        seconds = self._seconds(reader, per_part, base_tokens, checks, full)
-        return Plan(
-            cells=len(sweep.cells),
-            rows=len(rows),
-            token_layers=token_layers,
-            full_token_layers=full,
-            flop=token_layers * shape.flops,
-            seconds=seconds,
-            peak_bytes=peak,
-            passes=len(work),
-            self_check=checks > 0,
-            path=self.path,
-            why=self.why,
-        )
-
-    def _seconds(
-        self, reader: Reader, per_part: list, base_tokens: int, checks: int, full: int
-    ) -> float:
-        sweep, n_layers = self.sweep, self.shape.n_layers
-        with torch.no_grad(), muted(sweep.model):
-            wiring = self.wiring
-            biggest = max((p for p, _ in per_part), key=lambda p: p.n_bins, default=None)
-            width = wiring.width if biggest is None else biggest.width
-            prefix = 0 if biggest is None else biggest.prefix
-            most = 1 if biggest is None else biggest.n_bins
-            sizes = [
-                (b, width, prefix) for b in {1, max(1, most // 8), max(1, most // 3), most}
-            ]
-            timed = calibrated(wiring, sizes, reader.vocabulary)
-        seconds = 3 * timed.open + n_layers * timed.block(base_tokens) + 2 * timed.close
-        for packing, active in per_part:
-            for layer, bins in enumerate(active):
-                last = layer == n_layers - 1 and not wiring.native[layer]
-                seconds += timed.block(bins * packing.width) * (0.35 if last else 1.0)
-            rows = len(packing.rows)
-            seconds += timed.close + rows * timed.close_row + rows * 3e-5
-        seconds += checks * (timed.open + timed.close + n_layers * timed.block(wiring.width))
-        if self.path == "full":
-            seconds += (
-                full
-                / wiring.width
-                / n_layers
-                * (timed.open + timed.close + n_layers * timed.block(wiring.width))
-            )
-        return seconds
-
 
 class _CannotError(RuntimeError):
     """The quick paths do not work here; the message says why."""
 
 
 def _looking_ahead(sweep: Sweep) -> str:
-    for number, cell in enumerate(sweep.cells):
-        if any(map(looks_ahead, cell.edits)):
+    for number, writes in enumerate(sweep.writes):
+        if any(map(looks_ahead, writes)):
             return f"cell {number} may attend to later positions, with values of its own"
-    edits = [action.edit for action in sweep.in_force]
-    edits += [edit for run in sweep.runs for edit in run.edits]
-    if any(map(looks_ahead, edits)):
+    if any(looks_ahead(write) for writes in sweep.prompts.writes for write in writes):
         return "an edit in force may attend to later positions"
     return ""
 
@@ -460,7 +396,9 @@ def wants_reference(reader: Reader) -> bool:
 
 def _no_memory(error: RuntimeError) -> bool:
     # torch has a class for accelerators; its CPU allocator raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        said in str(error) for said in ("can't allocate memory", "out of memory")
+    )
 
 
 def _callers() -> int:

@@ -48,6 +48,7 @@ class Pass:
         enter: ``prompt pos d_model``: what enters the first block, where rows start there.
             Indexed by the packing's rows if ``by_row``, else by their prompts.
         keep: What to keep, on a pass over the base runs.
+        key_width: How many key positions edits of scores and patterns see.
     """
 
     def __init__(
@@ -60,11 +61,13 @@ class Pass:
         *,
         by_row: bool = False,
         keep: Keep | None = None,
+        key_width: int | None = None,
     ) -> None:
         self.wiring, self.packing, self.schedule = wiring, packing, schedule
         self.base, self.enter, self.by_row, self.keep = base, enter, by_row, keep
         self.sees, self.key_positions = packing.sees()
         self.frame = Frame(wiring, packing.position, self.sees, self.key_positions)
+        self.key_width = wiring.width if key_width is None else key_width
         self._columns: Tensor | None = None
         self._prefix: Tensor | None = None
         if base is not None and packing.prefix:
@@ -165,7 +168,8 @@ class Pass:
         few = hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[-1]))
         columns = None
         if any("key_pos" in AXES[site] for site in moved):
-            columns = self._key_columns()[short.flat(self.packing.width).to(hidden.device)]
+            flat = short.flat(self.packing.width).to(self.wiring.device)
+            columns = self._key_columns()[flat]
         with in_block(self.wiring.model, layer, moved, columns):
             out = self.wiring.block(layer, few, frame, Keys(before, ready=keys.own))
         few_groups = [
@@ -195,10 +199,8 @@ class Pass:
 
     def _key_columns(self) -> Tensor:
         if self._columns is None:
-            width = self.wiring.width
-            self._columns = torch.from_numpy(self.packing.key_columns(width)).to(
-                self.wiring.device
-            )
+            columns = self.packing.key_columns(self.key_width)
+            self._columns = torch.from_numpy(columns).to(self.wiring.device)
         return self._columns
 
     def _before(self, layer: int, bins: int) -> tuple[Tensor, Tensor] | None:
@@ -226,8 +228,8 @@ class Pass:
         kept = self._kept(by_position(site, tensor))
         if "key_pos" not in AXES[site]:
             return kept
-        columns = self._key_columns()[torch.from_numpy(self.keep.token).to(kept.device)]
-        return in_key_order(site, kept, columns[:, : self.keep.key_width])
+        columns = self._key_columns()[torch.from_numpy(self.keep.token).to(self.wiring.device)]
+        return in_key_order(site, kept, columns[:, : self.keep.key_width].to(kept.device))
 
 
 class _Answers:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -81,8 +81,10 @@ class Promised(Mapping[Key, Tensor]):
     It contains every key that was asked for, and iterates over those computed by now.
     """
 
-    def __init__(self, run: str, keys: Sequence[Key]) -> None:
-        self.run = run
+    def __init__(
+        self, run: str, keys: Sequence[Key], tokens: Int[Tensor, "prompt pos"]
+    ) -> None:
+        self.run, self.tokens = run, tokens
         self.keys_asked = tuple(keys)
         self.values_found: dict[Key, Tensor] = {}
 
@@ -170,7 +172,7 @@ def run_activations(
     index = torch.arange(width).expand(len(lengths), -1)
     info: dict[str, Any] = {"model": str(model.cfg.model_name), "run": run}
     return Activations(
-        stored=Promised(run, keys),
+        stored=Promised(run, keys, chosen.prompts.tokens),
         index=torch.where(index < torch.tensor(lengths)[:, None], index, -1),
         lengths=lengths,
         heads=heads,

@@ -7,13 +7,14 @@ the base run's value.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+from mechinterp.edits import Resample
 from mechinterp.engine.cells import (
     NEVER,
     Cell,
@@ -31,15 +32,15 @@ from mechinterp.engine.runs import Promised, Run
 from mechinterp.hooks.editing import Action, aim, pair
 from mechinterp.hooks.taps import attached
 from mechinterp.models import fingerprint, input_device, is_causal
-from mechinterp.tasks.positions import position_lists
+from mechinterp.tasks.positions import PositionSpec, Roles, position_lists
 
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
     """Cells resolved against the runs they are applied to, and what follows from the tokens.
 
-    ``writes[cell]`` are a cell's own; ``under[run]`` the edits in force on the model and those
-    that are part of the run, which come first.
+    The cells are applied to ``runs[on]``. ``writes[cell]`` are a cell's own; those of the edits
+    ``in_force`` on the model and of the run itself, which come first, are with the prompts.
     """
 
     model: TransformerBridge
@@ -154,19 +155,27 @@ def sweep(
         under.append((*(_of_action(model, action, run) for action in in_force), *own))
     index = names.index(on)
     writes = resolve(model, runs[index], cells)
-    _check_promises(cells, names)
+    _check_promises(cells, runs)
     made = prompted(runs, under)
     return Sweep(model, tuple(runs), index, tuple(cells), tuple(writes), made, in_force)
 
 
-def _check_promises(cells: Sequence[Cell], names: Sequence[str]) -> None:
+def _check_promises(cells: Sequence[Cell], runs: Sequence[Run]) -> None:
+    by_name = {run.name: run for run in runs}
     for number, cell in enumerate(cells):
         for edit in cell.edits:
             stored = getattr(edit.reads, "stored", None)
-            if isinstance(stored, Promised) and stored.run not in names:
+            if not isinstance(stored, Promised):
+                continue
+            if stored.run not in by_name:
                 raise ValueError(
                     f"cell {number} reads the {stored.run} run, which this data does not have "
-                    f"(it has {', '.join(names)}). Give data with that run."
+                    f"(it has {', '.join(by_name)}). Give data with that run."
+                )
+            if not torch.equal(stored.tokens, by_name[stored.run].prompts.tokens):
+                raise ValueError(
+                    f"cell {number} reads the {stored.run} run of other prompts than these. "
+                    "Make it with mi.run_activations on the data that you pass."
                 )
 
 
@@ -174,8 +183,9 @@ def _of_action(model: TransformerBridge, action: Action, run: Run) -> Write:
     """Return an edit that is in force on the model as a write on the run's prompts."""
     lengths = run.prompts.lengths.tolist()
     pairs = action.pairs
-    if pairs is None:
-        pairs = pair(action.edit, lengths, action.roles)
+    if pairs is None:  # positions beyond some prompts are allowed, and left out
+        lenient = partial(_reaching, lengths=lengths, roles=action.roles)
+        pairs = pair(action.edit, lengths, action.roles, select=lenient)
     if len(pairs) < len(lengths):
         raise ValueError(
             f"the edit of {action.edit.site} in force was given data of {len(pairs)} prompts, "
@@ -190,6 +200,25 @@ def _of_action(model: TransformerBridge, action: Action, run: Run) -> Write:
     elif action.edit.key_positions != "all":
         listed = position_lists(action.edit.key_positions, lengths, action.roles)
         keys = tuple(map(tuple, listed))
-    target = aim(model, action.edit, action.layer)
-    kind = (id(action.edit),)
-    return Write(action.edit, action.layer, target, own, source, keys, kind)
+    edit = action.edit
+    if isinstance(edit, Resample):
+        edit = edit.drawn(edit.donors([row[row >= 0].tolist() for row in own]))
+    target = aim(model, edit, action.layer)
+    return Write(edit, action.layer, target, own, source, keys, (id(edit),))
+
+
+def _reaching(
+    spec: PositionSpec, lengths: Sequence[int], roles: Roles | None
+) -> list[list[int]]:
+    """Return the positions of a specification; a number may lie beyond a prompt."""
+    parts = [spec] if isinstance(spec, str | int | slice) else spec
+    lists: list[list[int]] = [[] for _ in lengths]
+    for part in parts:
+        beyond = isinstance(part, int) and part >= 0
+        if isinstance(part, slice):
+            found = [list(range(n))[part] for n in lengths]
+        else:
+            found = [[part]] * len(lengths) if beyond else position_lists(part, lengths, roles)
+        for have, more in zip(lists, found, strict=True):
+            have += [p for p in more if p not in have]
+    return lists

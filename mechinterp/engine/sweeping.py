@@ -11,9 +11,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp.engine.cells import Cell
 from mechinterp.engine.execute import Engine, Outcome
-from mechinterp.engine.planning import Plan, shape_of
+from mechinterp.engine.planning import Plan, plan_of
 from mechinterp.engine.reading import Reader, reader
 from mechinterp.engine.runs import run_of, task_runs
+from mechinterp.engine.sizes import shape_of
 from mechinterp.engine.sweep import Sweep, sweep
 from mechinterp.metrics import Metric, Targets, resolve_metrics
 from mechinterp.tasks import Task, as_data
@@ -88,7 +89,7 @@ def plan(
     task = as_data(data, (Task,), "plan")
     metrics = resolve_metrics(metric, task.metric)
     engine = Engine(_sweep(model, task, cells, on), memory)
-    return engine.plan(metric_reader(model, task, metrics)(None))
+    return plan_of(engine, metric_reader(model, task, metrics)(None))
 
 
 def metrics_of_cells(

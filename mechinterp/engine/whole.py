@@ -49,9 +49,9 @@ def run_whole(
     wiring: Wiring,
     packing: Packing,
     schedule: Schedule,
-    enter: Float[Tensor, "row pos d_model"] | None,
+    enter: Float[Tensor, "entering pos d_model"] | None,
     base: Base | None,
-    keep: tuple[Base, Sequence[Key]] | None = None,
+    keep: tuple[Base, Sequence[Key], set[int]] | None = None,
 ) -> Float[Tensor, "row pos d_model"]:
     """Return what leaves the last block, per row of the packing."""
     hidden = torch.empty(0)
@@ -63,7 +63,7 @@ def run_whole(
         if not new:
             continue
         groups = schedule.groups("resid", layer)
-        if keep is not None:
+        if keep is not None and layer in keep[2]:
             keep[0].resid[layer] = hidden.flatten(0, 1)
         for site, at in (("resid_post", layer - 1), ("resid_pre", layer)):
             hidden = written([g for g in groups if g.write.edit.site == site], hidden)
@@ -92,7 +92,7 @@ def _block(
     schedule: Schedule,
     hidden: Tensor,
     layer: int,
-    keep: tuple[Base, Sequence[Key]] | None,
+    keep: tuple[Base, Sequence[Key], set[int]] | None,
 ) -> Tensor:
     groups = {site: schedule.groups(site, layer) for site in schedule.sites(layer)}
     wanted = (
@@ -126,9 +126,8 @@ def run_whole_base(
     base = Base(prompts, node)
     wanted: list[Key] = list({(site, layer) for _, site, layer in sweep.promised()})
     schedule = scheduled(sweep, packing, under)
-    final = run_whole(wiring, packing, schedule, enter, None, (base, wanted))
     starts = set(sweep.rows.start.tolist())
-    base.resid = {layer: kept for layer, kept in base.resid.items() if layer in starts}
+    final = run_whole(wiring, packing, schedule, enter, None, (base, wanted, starts))
     if ("embed", None) in wanted:
         base.sites["embed", None] = embedding.flatten(0, 1)
     return base, final

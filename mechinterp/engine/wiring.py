@@ -9,7 +9,7 @@ positions; a small cache object puts the base run's keys and values before the b
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,10 @@ _CACHES = ("past_key_values", "layer_past", "past_key_value")
 
 class UnknownWiringError(RuntimeError):
     """A block wants an argument that cannot be cut to some positions."""
+
+
+class _OpenedError(Exception):
+    """The first block, or the last that was asked for, has been reached."""
 
 
 class KeysKnown(Exception):
@@ -130,9 +134,11 @@ class Wiring:
             calls.append((args, kwargs))
             hidden = _hidden(args, kwargs)
             seen.append(hidden)
+            if not record or layer == self.n_layers - 1:
+                raise _OpenedError
             return self._as_output(layer, hidden, args, kwargs)
 
-        with self._stood_in(stand_in):
+        with self._stood_in(stand_in), suppress(_OpenedError):
             forward(self.model, tokens, mask)
         if record:
             self.calls = calls
@@ -321,7 +327,7 @@ def _causality_left_to_the_mask(block: Any) -> Iterator[None]:
 
 
 def _is_native(block: Any) -> bool:
-    attention = getattr(block.attn, "original_component", None)
+    attention = getattr(getattr(block, "attn", None), "original_component", None)
     return isinstance(getattr(attention, "causal_mask", None), Tensor)
 
 

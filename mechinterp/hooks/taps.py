@@ -180,7 +180,8 @@ def foreign_hooks(model: TransformerBridge) -> list[str]:
     for name, point in model.hook_dict.items():
         mine = _STATION_HANDLES.get(point, ())
         handles = [h for h in [*point.fwd_hooks, *point.bwd_hooks] if h not in mine]
-        if any(not _is_known(handle.user_hook) for handle in handles):
+        # transformer-lens wires some for good; whatever else is here, somebody put here.
+        if any(not (h.is_permanent and _is_known(h.user_hook)) for h in handles):
             found.append(name)
     for name, module in model.named_modules():
         hooks = [
