@@ -59,7 +59,7 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 PEERS = Path(__file__).parent / "bench_peers"
 MARKS = "<!-- bench:start -->", "<!-- bench:end -->"
-MEMORY = ("300MB", "600MB", "1.2GB")
+MEMORY = ("400MB", "600MB", "1.2GB")
 # transformer-lens: its own sweep, the setter inside it, and the axes in its order.
 SWEEPS = {
     ("resid_pre", "each"): (

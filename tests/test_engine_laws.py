@@ -47,7 +47,7 @@ KINDS = [
     "number",
 ]
 QUICK = settings(
-    max_examples=10,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example],
@@ -176,7 +176,7 @@ def test_in_true_double_precision_they_agree_to_a_billionth(example):
 
 
 @pytest.mark.slow
-@settings(QUICK, max_examples=60)
+@settings(QUICK, max_examples=40)
 @given(EXAMPLES)
 def test_more_random_cells_on_random_models_equal_plain_runs(example):
     check_equal(torch.float32, *example)

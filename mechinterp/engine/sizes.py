@@ -17,7 +17,7 @@ from mechinterp.sites import AXES, n_neurons
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _LIBRARIES = 50e6  # threads' buffers, compiled kernels and the like, measured
-CPU_COLUMNS = 4096  # more at once is no faster on a CPU, and only takes memory
+CPU_COLUMNS = 2048  # more at once is no faster on a CPU, and only takes memory
 _GPU_COLUMNS = 1 << 20
 
 
