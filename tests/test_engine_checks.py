@@ -165,7 +165,8 @@ def test_what_only_goes_wrong_in_long_prompts_is_caught_once_prompts_are_long(lo
 
 def test_what_only_goes_wrong_in_one_type_of_layer_is_caught():
     model = broken("gemma3", 1, the_mean)
-    types = model.original_model.config.layer_types
+    config: Any = model.original_model.config
+    types = config.layer_types
     assert types == ["sliding_attention", "full_attention", "sliding_attention"]
     task = a_task(model)
     with one_warning("differ by"):
@@ -336,7 +337,9 @@ def scaled(module: object, args: object, output: Tensor) -> Tensor:
 HOOKS: dict[str, tuple[str, Callable[[TransformerBridge], Any]]] = {
     "of transformer-lens": (
         r"blocks\.1\.hook_out",
-        lambda model: model.hook_dict["blocks.1.hook_out"].add_hook(lambda t, hook: t * 1.1),
+        lambda model: model.hook_dict["blocks.1.hook_out"].add_hook(
+            lambda tensor, *, hook: tensor * 1.1
+        ),
     ),
     "of torch, after": (
         r"blocks\.1\..*mlp",
@@ -485,3 +488,18 @@ def test_a_slow_sweep_whose_metric_fails_leaves_the_model_as_it_was():
         patch(model, task, metric=Failing(5))
     assert state(model) == before
     assert torch.equal(task.logits(model), logits)
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_a_pattern_that_attends_to_later_positions_is_run_in_full(layers):
+    model = model_of("llama")
+    task = a_task(model)
+    mean = mi.edits.Mean(
+        "pattern", mi.HookManager(model).capture(task, "pattern"), layers=layers
+    )
+    with pytest.warns(mi.SlowPathWarning, match="may attend to later positions"):
+        mine = mi.cell_logits(model, task, [mi.Cell(mean)])
+    with torch.no_grad(), mi.HookManager(model).edit(mean, data=task):
+        plain = task.logits(model)
+    torch.testing.assert_close(mine[0], plain, rtol=0, atol=1e-5 * float(plain.abs().max()))
+    assert float((plain - task.logits(model)).abs().max()) > 1e-3

@@ -79,8 +79,10 @@ class Group:
             new = new[each, self.unit.to(new.device)][:, None]
         if self.units is not None:
             unit = torch.tensor(self.units, device=out.device)
-            one = self.unit is not None
-            unit = unit[self.unit.to(out.device)][:, None] if one else unit.expand(len(new), -1)
+            if self.unit is None:
+                unit = unit.expand(len(new), -1)
+            else:
+                unit = unit[self.unit.to(out.device)][:, None]
         _put(out, token, new, unit, mine)
 
     def _keys(self, picked: Tensor) -> Tensor | None:

@@ -24,7 +24,7 @@ from mechinterp.hooks.editing import Action, HookNotFiredError
 from mechinterp.hooks.running import first_row, watch
 from mechinterp.hooks.taps import tap
 from mechinterp.metrics import Targets, resolve_metrics
-from mechinterp.models import forward
+from mechinterp.models import fingerprint, forward
 from mechinterp.sites import locate, resolve_layers
 from mechinterp.tasks.positions import PositionSpec
 from mechinterp.tasks.run import answer_logits
@@ -101,7 +101,7 @@ class HookManager:
             heads=request.heads,
             gradients={key: torch.cat(parts) for key, parts in gradients.items() if parts},
             roles=request.roles,
-            info={"model": str(self.model.cfg.model_name), "bos": request.prompts.bos},
+            info=self._info() | {"bos": request.prompts.bos},
         )
 
     def estimate(
@@ -164,7 +164,7 @@ class HookManager:
             index=torch.arange(width)[None],
             lengths=(width,),
             heads=request.heads,
-            info={"model": str(self.model.cfg.model_name), "mean_over": len(request.prompts)},
+            info=self._info() | {"mean_over": len(request.prompts)},
         )
 
     @contextmanager
@@ -268,6 +268,11 @@ class HookManager:
         """Add ``scale`` times ``direction`` at ``site`` of one layer while the block runs."""
         edit = Add(site, direction, scale=scale, layers=layer, positions=positions)
         return self.edit(edit, data=data)
+
+    def _info(self) -> dict[str, Any]:
+        """Return which model activations come from."""
+        name = str(self.model.cfg.model_name)
+        return {"model": name, "fingerprint": fingerprint(self.model)}
 
     def _seen(
         self, request: Request, rows: slice, *, track: bool = False
