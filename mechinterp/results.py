@@ -139,7 +139,7 @@ class Result(ABC):
             table["low"], table["high"] = stats.bootstrap_interval(shown)
             if self.signed:
                 table["p_adjusted"] = inference.adjusted_p(effect).values[where]
-            table.attrs["note"] = inference.table_note(effect, self.signed)
+            table.attrs["note"] = self._note(effect, metric)
         return table
 
     def statistics(
@@ -232,6 +232,10 @@ class Result(ABC):
         values, clusters = inference.per_prompt(effect), inference.clusters_of(effect, by)
         needed = stats.prompts_needed(values, half_width, confidence, clusters)
         return effect.isel(prompt=0, drop=True).copy(data=needed).rename("prompts_needed")
+
+    def _note(self, effect: xr.DataArray, metric: str | None) -> str:
+        """Return the lines below ``top``'s table of effects over prompts."""
+        return inference.table_note(effect, self.signed)
 
     def _rank(self, mean: np.ndarray) -> np.ndarray:
         """Return what ``top`` sorts by: the size of the effect."""

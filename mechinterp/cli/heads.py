@@ -56,13 +56,19 @@ def heads(
 
 
 def _data(name: str, model: Any, n: int, seed: int) -> Any:
-    import mechinterp as mi
-
     if not name.endswith(".txt"):
         return load_data(name, model, n, seed)
-    text = Path(name).read_text(encoding="utf-8")
-    context = min(256, model.cfg.n_ctx)
-    return mi.Text.from_strings(model, text, context=context, name=Path(name).stem)[:n]
+    return _text(Path(name), model, 256)[:n]
+
+
+def _text(path: Path, model: Any, context: int) -> Any:
+    """Return a file's text in pieces of so many tokens, or as many as the model holds."""
+    import mechinterp as mi
+
+    text = path.read_text(encoding="utf-8")
+    return mi.Text.from_strings(
+        model, text, context=min(context, model.cfg.n_ctx), name=path.stem
+    )
 
 
 @app.command()
@@ -73,6 +79,11 @@ def induction(
     length: Annotated[int, typer.Option(help="Different tokens of a draw.")] = 25,
     sets: Annotated[int, typer.Option(help="Random sets of heads to compare with.")] = 1000,
     prompts: Annotated[int, typer.Option(help="Prompts of knock-outs and paths.")] = 16,
+    text: Annotated[
+        Path | None, typer.Option(help="A .txt for the in-context-learning score.")
+    ] = None,
+    late: Annotated[int, typer.Option(help="Which token of it is late.")] = 500,
+    early: Annotated[int, typer.Option(help="Which is early.")] = 50,
     seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the account, figure and results.")
@@ -84,8 +95,13 @@ def induction(
 
     import mechinterp as mi
 
+    loaded = mi.load_model(model)
+    read = None if text is None else _text(text, loaded, late + 12)  # room for special tokens
     dossier = mi.induction_dossier(
-        mi.load_model(model),
+        loaded,
+        text=read,
+        late=late,
+        early=early,
         k=k,
         n=n,
         length=length,

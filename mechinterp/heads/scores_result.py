@@ -9,7 +9,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mechinterp import plotting
+from mechinterp import inference, plotting
 from mechinterp.results import Result
 
 _CASES = "case_of_"
@@ -93,13 +93,6 @@ class HeadScores(Result):
                 float(p.sel(layer=layer, head=head))
                 for layer, head in zip(table["layer"], table["head"], strict=True)
             ]
-            said = f"p_adjusted: against untrained heads, Holm over {self._family(kind)} heads."
-            kept = [
-                line
-                for line in table.attrs.get("note", "").splitlines()
-                if not line.startswith("Effects are sizes")
-            ]
-            table.attrs["note"] = "\n".join([*(_without_sizes(line) for line in kept), said])
         return table
 
     def found(self, kind: str, alpha: float = 0.05) -> list[tuple[int, int]]:
@@ -161,6 +154,16 @@ class HeadScores(Result):
         family = max(map(self._family, self.kinds))
         return f"dot: p < 0.05 against untrained heads, Holm over {family} heads"
 
+    def _note(self, effect: xr.DataArray, metric: str | None) -> str:
+        n, kind = effect.sizes["prompt"], metric or self.kinds[0]
+        lines = [f"low, high: 95 % bootstrap interval over {n} prompts."] if n > 1 else []
+        if "p_adjusted" in self.data:
+            family = self._family(kind)
+            lines.append(f"p_adjusted: against untrained heads, Holm over {family} heads.")
+        if caution := inference.caution(n):
+            lines.append(f"{caution}.")
+        return "\n".join(lines)
+
     def _rank(self, mean: np.ndarray) -> np.ndarray:
         return mean
 
@@ -170,10 +173,6 @@ class HeadScores(Result):
 
 def _words(kind: str) -> str:
     return kind.replace("_", " ").replace("ov ", "OV ")
-
-
-def _without_sizes(line: str) -> str:
-    return line.split(" Effects are sizes")[0]
 
 
 def cases_of(kind: str) -> str:
