@@ -14,6 +14,13 @@ from mechinterp._version import __version__ as __version__
 _HOME = {
     "mechinterp.activations": ["Activations"],
     "mechinterp.catalogue": ["SiteCatalogue", "sites"],
+    "mechinterp.causal.ablation": [
+        "ablation_cells",
+        "head_ablation",
+        "mlp_ablation",
+        "neuron_ablation",
+    ],
+    "mechinterp.causal.ablation_result": ["AblationResult"],
     "mechinterp.causal.attribution": ["attribution_patching"],
     "mechinterp.causal.attribution_result": ["AttributionResult"],
     "mechinterp.causal.audit": ["audit"],
@@ -21,6 +28,8 @@ _HOME = {
     "mechinterp.causal.patching": ["activation_patching", "patching_cells"],
     "mechinterp.causal.paths": ["path_patching"],
     "mechinterp.causal.patching_result": ["PatchingResult"],
+    "mechinterp.causal.self_repair": ["self_repair"],
+    "mechinterp.causal.self_repair_result": ["SelfRepair"],
     "mechinterp.causal.tracing": ["noise_corruption"],
     "mechinterp.engine": [
         "Cell",

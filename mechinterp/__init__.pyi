@@ -7,6 +7,11 @@ from mechinterp._version import __version__ as __version__
 from mechinterp.activations import Activations as Activations
 from mechinterp.catalogue import SiteCatalogue as SiteCatalogue
 from mechinterp.catalogue import sites as sites
+from mechinterp.causal.ablation import ablation_cells as ablation_cells
+from mechinterp.causal.ablation import head_ablation as head_ablation
+from mechinterp.causal.ablation import mlp_ablation as mlp_ablation
+from mechinterp.causal.ablation import neuron_ablation as neuron_ablation
+from mechinterp.causal.ablation_result import AblationResult as AblationResult
 from mechinterp.causal.attribution import attribution_patching as attribution_patching
 from mechinterp.causal.attribution_result import AttributionResult as AttributionResult
 from mechinterp.causal.audit import audit as audit
@@ -15,6 +20,8 @@ from mechinterp.causal.patching import activation_patching as activation_patchin
 from mechinterp.causal.patching import patching_cells as patching_cells
 from mechinterp.causal.patching_result import PatchingResult as PatchingResult
 from mechinterp.causal.paths import path_patching as path_patching
+from mechinterp.causal.self_repair import self_repair as self_repair
+from mechinterp.causal.self_repair_result import SelfRepair as SelfRepair
 from mechinterp.causal.tracing import noise_corruption as noise_corruption
 from mechinterp.engine import Cell as Cell
 from mechinterp.engine import Plan as Plan
@@ -78,6 +85,7 @@ from mechinterp.tasks.pairs import load_pairs as load_pairs
 from mechinterp.tasks.pairs import pair_names as pair_names
 
 __all__ = [
+    "AblationResult",
     "Activations",
     "AttributionResult",
     "AuditResult",
@@ -106,6 +114,7 @@ __all__ = [
     "Plan",
     "Prompts",
     "Result",
+    "SelfRepair",
     "Site",
     "SiteCatalogue",
     "SlowPathWarning",
@@ -114,7 +123,7 @@ __all__ = [
     "TrainingCurve",
     "TunedLens",
     "Verification",
-    "__version__",
+    "ablation_cells",
     "activation_patching",
     "attribution_patching",
     "audit",
@@ -126,6 +135,7 @@ __all__ = [
     "few_shot",
     "fingerprint",
     "function_vector",
+    "head_ablation",
     "head_scores",
     "icl_score",
     "induction_dossier",
@@ -136,6 +146,8 @@ __all__ = [
     "load_task",
     "logit_lens",
     "metrics",
+    "mlp_ablation",
+    "neuron_ablation",
     "noise_corruption",
     "pair_names",
     "patching_cells",
@@ -146,6 +158,7 @@ __all__ = [
     "repeated_tokens",
     "run_activations",
     "save_model",
+    "self_repair",
     "sites",
     "stats",
     "tasks",

@@ -108,6 +108,14 @@ METHODS: dict[str, Method] = {
         idle=lambda model: pair(model, same=True),
         arguments={"site": "z", "positions": ["end"]},
     ),
+    "head_ablation": Method(data=pair, bad=failing_pair),
+    "mlp_ablation": Method(data=pair, bad=failing_pair),
+    "neuron_ablation": Method(
+        data=pair,
+        bad=failing_pair,
+        arguments={"neurons": [(0, 1), (1, 5), (2, 2)], "kind": "mean"},
+    ),
+    "self_repair": Method(data=pair, arguments={"heads": [(0, 1), [(1, 2), (1, 3)]]}),
     "audit": Method(
         data=pair,
         bad=failing_pair,

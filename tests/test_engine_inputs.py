@@ -19,7 +19,7 @@ from mechinterp.edits import Add, Edit, Replace, Scale, Zero
 from mechinterp.engine.calls import metric_reader
 from mechinterp.engine.packing import pack
 from mechinterp.engine.passes import Pass
-from mechinterp.engine.runs import run_of, task_runs
+from mechinterp.engine.runs import run_of, runs_of
 from mechinterp.engine.sweep import sweep
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import Targets, logit_diff, resolve_metrics
@@ -561,7 +561,7 @@ def test_rows_that_begin_alike_are_computed_once():
     clean = [common + tokens(1, n, seed=n)[0].tolist() for n in (2, 4, 3, 1)]
     task = a_task(model, (12, 14, 13, 11), clean=clean, corrupted=None)
     cells = [mi.Cell(Zero("z", layers=0, heads=0))]
-    made = sweep(model, list(task_runs(task).values()), "clean", cells)
+    made = sweep(model, list(runs_of(task).values()), "clean", cells)
     assert made.shares
     together = pack(made.rows, 60, made.prompts.beginnings)
     apart = pack(made.rows, 60)

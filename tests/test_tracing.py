@@ -11,7 +11,7 @@ from zoo import hf, tokens, zoo
 
 import mechinterp as mi
 from mechinterp.edits import Noise, Replace
-from mechinterp.engine.runs import run_of, task_runs
+from mechinterp.engine.runs import run_of, runs_of
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import prob
 from mechinterp.stats import bootstrap_interval
@@ -87,7 +87,7 @@ def test_corrupted_prompts_that_a_task_had_are_dropped():
     model = model_of("gpt2")
     task = noised(model, corrupted=[tokens(1, n, seed=9)[0].tolist() for n in LENGTHS])
     assert task.corrupted is None and task.corrupted_roles is None
-    assert len(task_runs(task)) == 2
+    assert len(runs_of(task)) == 2
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from mechinterp.engine.cells import Cell
 from mechinterp.engine.runs import Run, run_activations, run_of
 from mechinterp.names import unknown
 from mechinterp.sites import AXES, head_axis, resolve_heads, resolve_layers
-from mechinterp.tasks import Task
+from mechinterp.tasks import Labelled, Task, Text
 from mechinterp.tasks.positions import PositionSpec, position_axis, position_lists
 from mechinterp.tasks.prompts import token_strings
 
@@ -192,12 +192,18 @@ def labelled(
     )
 
 
-def prompt_labels(task: Task) -> dict[str, Any]:
-    """Return the labels of the prompt axis: numbers, templates, and cases where shared."""
-    labels: dict[str, Any] = {"prompt": np.arange(len(task))}
-    labels["template"] = ("prompt", list(task.templates))
-    if len(set(task.cases)) < len(task):
-        labels["case"] = ("prompt", list(task.cases))
+def prompt_labels(data: Task | Text | Labelled) -> dict[str, Any]:
+    """Return the labels of the prompt axis: numbers, templates, and cases where shared.
+
+    The pieces of a text have their document for a template.
+    """
+    labels: dict[str, Any] = {"prompt": np.arange(len(data))}
+    if isinstance(data, Text):
+        labels["template"] = ("prompt", [f"document {number}" for number in data.documents])
+    if isinstance(data, Task):
+        labels["template"] = ("prompt", list(data.templates))
+        if len(set(data.cases)) < len(data):
+            labels["case"] = ("prompt", list(data.cases))
     return labels
 
 

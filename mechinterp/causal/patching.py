@@ -24,7 +24,7 @@ from mechinterp.causal.patching_result import PatchingResult
 from mechinterp.engine.calls import Memory, metrics_of_cells
 from mechinterp.engine.cells import Cell
 from mechinterp.engine.execute import Outcome
-from mechinterp.engine.runs import task_runs
+from mechinterp.engine.runs import runs_of
 from mechinterp.engine.screening import Screened, check_screen, screened_cells
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import Metric, Targets, apply_metric, resolve_metrics
@@ -179,7 +179,7 @@ def _by_reference(
 ) -> Outcome:
     """Run the whole hooked model once per cell."""
     manager = HookManager(model)
-    runs = task_runs(task)
+    runs = runs_of(task)
     reference = runs["clean"].answers(manager)
     targets = task.targets(reference)
     of_runs = {

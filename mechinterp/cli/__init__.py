@@ -11,6 +11,7 @@ import typer
 from typer.main import get_command
 
 from mechinterp._version import __version__
+from mechinterp.cli import ablation as ablation
 from mechinterp.cli import basics as basics
 from mechinterp.cli import causal as causal
 from mechinterp.cli import heads as heads

@@ -1,7 +1,7 @@
 """Commands of what heads do: heads, induction."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,9 +11,10 @@ from mechinterp.cli.shared import (
     Seed,
     app,
     check_out,
-    load_data,
+    load_any,
     print_table,
     read_names,
+    read_text,
     save_figure,
 )
 
@@ -43,7 +44,7 @@ def heads(
     import mechinterp as mi
 
     loaded = mi.load_model(model)
-    on = None if data is None else _data(data, loaded, n, seed)
+    on = None if data is None else load_any(data, loaded, n, seed, context=256)
     scores = mi.head_scores(loaded, on, kinds=asked, n=n, nulls=nulls, seed=seed)
     tables = {kind: scores.top(5, metric=kind) for kind in scores.kinds}
     for kind, top in tables.items():
@@ -53,22 +54,6 @@ def heads(
     if out is not None:
         scores.save(out)
         save_figure(scores.figure(), out)
-
-
-def _data(name: str, model: Any, n: int, seed: int) -> Any:
-    if not name.endswith(".txt"):
-        return load_data(name, model, n, seed)
-    return _text(Path(name), model, 256)[:n]
-
-
-def _text(path: Path, model: Any, context: int) -> Any:
-    """Return a file's text in pieces of so many tokens, or as many as the model holds."""
-    import mechinterp as mi
-
-    text = path.read_text(encoding="utf-8")
-    return mi.Text.from_strings(
-        model, text, context=min(context, model.cfg.n_ctx), name=path.stem
-    )
 
 
 @app.command()
@@ -96,7 +81,8 @@ def induction(
     import mechinterp as mi
 
     loaded = mi.load_model(model)
-    read = None if text is None else _text(text, loaded, late + 12)  # room for special tokens
+    most = late + 12  # room for special tokens
+    read = None if text is None else read_text(text, loaded, most)
     dossier = mi.induction_dossier(
         loaded,
         text=read,

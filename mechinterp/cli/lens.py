@@ -15,14 +15,14 @@ from mechinterp.cli.shared import (
     Seed,
     app,
     check_out,
-    load_data,
+    load_any,
     read_integers,
     read_positions,
     show,
 )
 
 if TYPE_CHECKING:
-    from mechinterp.tasks import Text
+    pass
 
 
 @app.command()
@@ -79,7 +79,7 @@ def lens(
     import mechinterp as mi
 
     loaded = mi.load_model(model)
-    chosen = _text(data, loaded, context, n) or load_data(data, loaded, n, seed)
+    chosen = load_any(data, loaded, n, seed, context)
     if attribution:
         found = mi.direct_logit_attribution(loaded, chosen, memory=memory)
         show(found, "direct logit attribution", out)
@@ -87,19 +87,3 @@ def lens(
     by = None if tuned is None else mi.TunedLens.load(tuned, loaded)
     result = mi.logit_lens(loaded, chosen, site=site, **read, lens=by, memory=memory)
     show(result, f"{site}, {result.convention.settings['lens']} lens", out)
-
-
-def _text(name: str, model: Any, context: int | None, n: int | None) -> "Text | None":
-    """Return the text in a .txt file, the first ``n`` pieces of it; None for a task."""
-    import mechinterp as mi
-
-    if not name.endswith(".txt"):
-        return None
-    path = Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {name}.")
-    whole = path.read_text(encoding="utf-8")
-    if not whole.strip():
-        raise ValueError(f"{name} is empty. Pass a file with text in it.")
-    text = mi.Text.from_strings(model, whole, context=context, name=path.stem)
-    return text if n is None else text[: max(n, 1)]

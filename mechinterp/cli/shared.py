@@ -76,12 +76,46 @@ def load_data(
     return data[draw(data.name, len(data), n, seed)]
 
 
+def load_any(
+    name: str, model: Any, n: int | None, seed: int, context: int | None = None
+) -> Any:
+    """Return the data of that name: a task, the text in a .txt file, or labelled texts.
+
+    A .jsonl file whose lines have ``text`` and ``label`` is labelled texts. ``n`` prompts of
+    it; of a .txt file the first, in pieces of ``context`` tokens.
+    """
+    import mechinterp as mi
+
+    if name.endswith(".txt"):
+        text = read_text(Path(name), model, context)
+        return text if n is None else text[: max(n, 1)]
+    if name.endswith(".jsonl") and mi.Labelled.in_jsonl(name):
+        labelled = mi.Labelled.from_jsonl(name, model)
+        return labelled if n is None else labelled[: max(n, 1)]
+    return load_data(name, model, n, seed)
+
+
+def read_text(path: Path, model: Any, context: int | None = None) -> Any:
+    """Return a file's text in pieces of so many tokens, or as many as the model holds."""
+    import mechinterp as mi
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    whole = path.read_text(encoding="utf-8")
+    if not whole.strip():
+        raise ValueError(f"{path} is empty. Pass a file with text in it.")
+    most = model.cfg.n_ctx
+    return mi.Text.from_strings(
+        model, whole, context=min(context or most, most), name=path.stem
+    )
+
+
 def show(result: "Result", title: str, out: Path | None, rows: int = 10) -> None:
     """Print the largest effects, and save the result and its figure where one is wanted."""
     name, unit = next(iter(result.convention.metrics.items()))
     means = [
         f"{run} {float(result.of_metric(result.data[run]).mean()):.3f}"
-        for run in ("clean", "corrupted")
+        for run in ("clean", "corrupted", "intact")
         if run in result.data
     ]
     about = _counted(result) if "prompt" in result.data.sizes else ""

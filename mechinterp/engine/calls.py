@@ -12,14 +12,17 @@ from transformer_lens.model_bridge import TransformerBridge
 from mechinterp.engine.cells import Cell
 from mechinterp.engine.execute import Engine, Outcome
 from mechinterp.engine.planning import Plan, plan_of
-from mechinterp.engine.reading import Reader, reader
-from mechinterp.engine.runs import run_of, task_runs
+from mechinterp.engine.reading import Reader, reader, text_reader
+from mechinterp.engine.runs import run_of, runs_of
 from mechinterp.engine.sizes import shape_of
 from mechinterp.engine.sweep import Sweep, sweep
 from mechinterp.metrics import Metric, Targets, resolve_metrics
-from mechinterp.tasks import Task, as_data
+from mechinterp.models import is_causal
+from mechinterp.models.adapters import answers_once
+from mechinterp.tasks import Labelled, Task, Text, as_data
 
 Memory = int | float | str | None
+MEASURED = (Task, Text, Labelled)
 
 
 def cell_metrics(
@@ -35,7 +38,8 @@ def cell_metrics(
 
     Args:
         model: Left as it was. Edits in force on it apply to every run.
-        data: A ``Task``.
+        data: A ``Task``, measured at its answers; a ``Text``, where a prompt's value is the
+            mean over its tokens; ``Labelled`` texts, whose answer is the class.
         cells: Sets of edits, each applied together on every prompt.
         on: The run that the cells are applied to, ``"clean"`` or ``"corrupted"``.
         metric: As in ``mi.activation_patching``; several give several columns.
@@ -44,13 +48,13 @@ def cell_metrics(
             rounding.
 
     Raises:
-        TypeError: ``data`` is not a task.
+        TypeError: ``data`` is none of these.
         ValueError: A cell, a place or a metric does not fit, or the memory is too small for a
             single cell: before any forward pass. Later: a metric is NaN or infinite.
     """
-    task = as_data(data, (Task,), "cell_metrics")
-    metrics = resolve_metrics(metric, task.metric)
-    found = metrics_of_cells(model, task, cells, on=on, metrics=metrics, memory=memory)
+    measured = as_data(data, MEASURED, "cell_metrics")
+    metrics = resolve_metrics(metric, measured.metric)
+    found = metrics_of_cells(model, measured, cells, on=on, metrics=metrics, memory=memory)
     return found.values
 
 
@@ -86,42 +90,67 @@ def plan(
     Cells, token-layers, arithmetic, seconds and peak bytes. Nothing of the sweep runs; the
     model's blocks are timed for about a second.
     """
-    task = as_data(data, (Task,), "plan")
-    metrics = resolve_metrics(metric, task.metric)
-    engine = Engine(_sweep(model, task, cells, on), memory)
-    return plan_of(engine, metric_reader(model, task, metrics)(None))
+    measured = as_data(data, MEASURED, "plan")
+    metrics = resolve_metrics(metric, measured.metric)
+    engine = Engine(_sweep(model, measured, cells, on), memory)
+    return plan_of(engine, metric_reader(model, measured, metrics)(None))
 
 
 def metrics_of_cells(
     model: TransformerBridge,
-    task: Task,
+    data: Task | Text | Labelled,
     cells: Iterable[Cell],
     *,
     on: str,
     metrics: Mapping[str, Metric],
     memory: Memory = None,
 ) -> Outcome:
-    """Return the metrics of cells, of the task's runs, and how they were computed."""
-    engine = Engine(_sweep(model, task, cells, on), memory)
+    """Return the metrics of cells, of the data's runs, and how they were computed."""
+    make_reader = metric_reader(model, data, metrics)
+    engine = Engine(_sweep(model, data, cells, on), memory)
     with torch.no_grad():
-        return engine.run(metric_reader(model, task, metrics))
+        return engine.run(make_reader)
 
 
 def metric_reader(
-    model: TransformerBridge, task: Task, metrics: Mapping[str, Metric]
+    model: TransformerBridge, data: Task | Text | Labelled, metrics: Mapping[str, Metric]
 ) -> Callable[[Tensor | None], Reader]:
     """Return what makes a reader of the metrics, given the clean run's logits or None."""
     shape = shape_of(model)
-    d_vocab = shape.d_vocab
-    targets = task.targets()
-    tried = reader(metrics, targets, d_vocab, partial=shape.unembeds_some)
-    return partial(_with_reference, tried, task)
+    check_answers(model, data)
+    if isinstance(data, Text):
+        read = text_reader(metrics, data.prompts, shape.d_vocab)
+        return lambda _: read
+    tried = reader(metrics, data.targets(), shape.d_vocab, partial=shape.unembeds_some)
+    return partial(_with_reference, tried, data)
 
 
-def _with_reference(tried: Reader, task: Task, logits: Tensor | None) -> Reader:
+def check_answers(model: TransformerBridge, data: Task | Text | Labelled) -> None:
+    """Raise a ``ValueError`` where the model does not answer what the data asks."""
+    if isinstance(data, Text) and not is_causal(model):
+        raise ValueError(
+            "loss per token is that of predicting the next one, but this model sees both sides "
+            "of a token. Use a causal language model, or a Task with the mask token."
+        )
+    if isinstance(data, Labelled):
+        if not answers_once(model):
+            raise ValueError(
+                f"{data.name!r} asks for a class, but {model.cfg.model_name} answers with a "
+                "word at every position. Load a sequence classifier, or make a Task whose "
+                "answers are words."
+            )
+        if len(data.classes) != model.cfg.d_vocab_out:
+            raise ValueError(
+                f"{data.name!r} has {len(data.classes)} classes "
+                f"({', '.join(data.classes[:5])}), but {model.cfg.model_name} tells "
+                f"{model.cfg.d_vocab_out} apart. Pass classes= in the model's order."
+            )
+
+
+def _with_reference(tried: Reader, data: Task | Labelled, logits: Tensor | None) -> Reader:
     if logits is None:
         return tried
-    targets: Targets = task.targets(logits)
+    targets: Targets = data.targets(logits)
     return Reader(tried.metrics, targets, tried.vocabulary, tried.by_row)
 
 
@@ -129,6 +158,9 @@ def _logits_reader(_: Tensor | None) -> Reader:
     return Reader({}, None)
 
 
-def _sweep(model: TransformerBridge, task: Task, cells: Iterable[Cell], on: str) -> Sweep:
-    run_of(task, on)
-    return sweep(model, list(task_runs(task).values()), on, tuple(cells))
+def _sweep(
+    model: TransformerBridge, data: Task | Text | Labelled, cells: Iterable[Cell], on: str
+) -> Sweep:
+    run_of(data, on)
+    runs = list(runs_of(data).values())
+    return sweep(model, runs, on, tuple(cells), everywhere=isinstance(data, Text))

@@ -1,7 +1,8 @@
 """Executing a sweep: base runs, self-check, parts, and plain runs where those fail.
 
 Three ways lead to the same numbers: ``fast`` computes what changed, from its first layer and
-position on; ``layers`` computes whole prompts from the first changed layer on (encoders);
+position on; ``layers`` computes whole prompts from the first changed layer on (encoders, and
+text that is read everywhere);
 ``full`` runs the whole model. The first two are checked against plain hooked runs before they
 are trusted.
 """
@@ -9,7 +10,7 @@ are trusted.
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -18,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp._progress import bar
+from mechinterp.edits import Edit
 from mechinterp.engine.base import (
     answer_columns,
     base_rows,
@@ -32,7 +34,7 @@ from mechinterp.engine.packing import Rows
 from mechinterp.engine.parts import Part, parts
 from mechinterp.engine.passes import Pass
 from mechinterp.engine.reading import Reader
-from mechinterp.engine.runs import BATCH
+from mechinterp.engine.runs import BATCH, Run
 from mechinterp.engine.sizes import (
     as_bytes,
     base_bytes,
@@ -48,7 +50,6 @@ from mechinterp.engine.wiring import UnknownWiringError, Wiring
 from mechinterp.hooks import HookManager
 from mechinterp.hooks.taps import foreign_hooks, muted
 from mechinterp.metrics import METRICS, kl
-from mechinterp.models import is_causal
 from mechinterp.tasks import answer_logits
 
 # What a module raises that is not made for a part of its positions or another cache.
@@ -86,7 +87,7 @@ class Engine:
         self.shape = shape_of(sweep.model)
         self.budget = default_budget(sweep.device) if memory is None else as_bytes(memory)
         self.foreign = foreign_hooks(sweep.model)
-        self.path = "fast" if is_causal(sweep.model) else "layers"
+        self.path = "layers" if sweep.whole else "fast"
         self.why = ""
         if self.foreign:
             some = ", ".join(self.foreign[:3])
@@ -215,8 +216,11 @@ class Engine:
 
     def _logits(
         self, reader: Reader | None, ends: Tensor, prompts: Int[np.ndarray, " row"]
-    ) -> Float[Tensor, "row d_vocab"]:
-        """Return the logits of final residual streams, ``prompts`` numbered over all runs."""
+    ) -> Float[Tensor, "row *pos d_vocab"]:
+        """Return the logits of final residual streams, ``prompts`` numbered over all runs.
+
+        Those at the answer, unless the reader wants text's, everywhere.
+        """
         vocabulary = None if reader is None else reader.vocabulary
         if self.path == "fast":
             return self.wiring.close(ends[:, None], vocabulary=vocabulary)[:, 0]
@@ -229,7 +233,10 @@ class Engine:
             ]
             for p in prompts.tolist()
         ]
-        return answer_logits(self.wiring.close(ends, mask), positions)
+        logits = self.wiring.close(ends, mask)
+        if reader is not None and reader.text is not None:
+            return logits
+        return answer_logits(logits, positions)
 
     def n_logits(self, reader: Reader) -> int:
         """Return how many logits of a row the reader needs."""
@@ -336,13 +343,19 @@ class Engine:
         sweep = self.sweep
         manager = HookManager(sweep.model)
         at_once = self._prompts_at_once()
-        answers = {run.name: run.answers(manager, at_once=at_once) for run in sweep.runs}
         if wants_reference(reader):
-            reader = reader_of(answers[sweep.runs[0].name])
-        reader = Reader(reader.metrics, reader.targets, None, reader.by_row)
+            reader = reader_of(sweep.runs[0].answers(manager, at_once=at_once))
+        reader = replace(reader, vocabulary=None)
         n = len(sweep.run)
         everyone = list(range(n))
-        of_runs = {name: reader.read(logits, everyone) for name, logits in answers.items()}
+
+        def read_plainly(run: Run, *edits: Edit) -> Float[Tensor, "prompt value"]:
+            if reader.text is None:
+                return reader.read(run.answers(manager, *edits, at_once=at_once), everyone)
+            pieces = run.logits(manager, *edits, at_once=at_once)
+            return torch.cat([reader.read(logits, everyone[rows]) for rows, logits in pieces])
+
+        of_runs = {run.name: read_plainly(run) for run in sweep.runs}
         for (name, site, layer), promises in sweep.promised().items():
             run = next(run for run in sweep.runs if run.name == name)
             with run.in_force(manager):
@@ -352,18 +365,17 @@ class Engine:
         values = torch.empty(len(sweep.cells), n, *of_runs[sweep.run.name].shape[1:])
         values = values.to(of_runs[sweep.run.name])
         most = min(1024 // sweep.run.prompts.tokens.numel(), at_once // n)
-        each = 1 if self.foreign else max(1, most)
+        each = 1 if self.foreign or sweep.everywhere else max(1, most)
         with bar(len(sweep.cells), f"{len(sweep.cells)} cells") as advance:
             for start in range(0, len(sweep.cells), each):
                 numbers = range(start, min(start + each, len(sweep.cells)))
                 if len(numbers) == 1:
-                    edits = sweep.cells[start].edits
-                    logits = sweep.run.answers(manager, *edits, at_once=at_once)
+                    values[start] = read_plainly(sweep.run, *sweep.cells[start].edits)
                 else:
                     with muted(sweep.model):
                         logits = self._batched(numbers)
-                for i, number in enumerate(numbers):
-                    values[number] = reader.read(logits[i * n : (i + 1) * n], everyone)
+                    for i, number in enumerate(numbers):
+                        values[number] = reader.read(logits[i * n : (i + 1) * n], everyone)
                 advance(len(numbers))
         return Outcome(values, of_runs, self.path, self.why, sweep.fingerprint)
 
@@ -401,7 +413,9 @@ def _looking_ahead(sweep: Sweep) -> str:
 def wants_reference(reader: Reader) -> bool:
     """Whether a metric may read the logits of another run."""
     plain = [fn for fn in METRICS.values() if fn is not kl]
-    return any(all(fn is not known for known in plain) for fn in reader.metrics.values())
+    return reader.text is None and any(
+        all(fn is not known for known in plain) for fn in reader.metrics.values()
+    )
 
 
 def _no_memory(error: RuntimeError) -> bool:

@@ -39,7 +39,7 @@ class Plan:
         peak_bytes: Upper estimate of the memory taken at once, without the model itself.
         passes: Trips through the layers that the memory splits the rows into.
         self_check: Whether the engine will first check itself on this kind of cell.
-        path: ``"fast"``, ``"layers"`` (only unchanged layers are skipped: encoders) or
+        path: ``"fast"``, ``"layers"`` (only unchanged layers are skipped: encoders and text) or
             ``"full"`` (whole runs), and why if it is not the fast one.
     """
 

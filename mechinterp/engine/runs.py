@@ -22,7 +22,7 @@ from mechinterp.hooks.running import first_row
 from mechinterp.models import forward
 from mechinterp.names import unknown
 from mechinterp.sites import resolve_heads, resolve_layers
-from mechinterp.tasks import Prompts, Task, answer_logits
+from mechinterp.tasks import Labelled, Prompts, Task, Text, answer_logits
 from mechinterp.tasks.positions import Roles
 
 BATCH = 64  # prompts run at once: whole logits are held for no more
@@ -58,7 +58,15 @@ class Run:
 
         One plain hooked run of the whole model, ``at_once`` prompts at a time.
         """
-        parts = []
+        pieces = self.logits(manager, *edits, at_once=at_once)
+        return torch.cat(
+            [answer_logits(logits, self.answer_positions[rows]) for rows, logits in pieces]
+        )
+
+    def logits(
+        self, manager: HookManager, *edits: Edit, at_once: int | None = None
+    ) -> Iterator[tuple[slice, Float[Tensor, "prompt pos d_out"]]]:
+        """Yield the logits at every position, ``at_once`` prompts at a time, as `answers`."""
         at_once = at_once or BATCH
         with self.in_force(manager, *edits):
             for start in range(0, len(self.prompts), at_once):
@@ -67,8 +75,7 @@ class Run:
                     logits = forward(
                         manager.model, self.prompts.tokens[rows], self.prompts.mask[rows]
                     )
-                parts.append(answer_logits(logits, self.answer_positions[rows]))
-        return torch.cat(parts)
+                yield rows, logits
 
     def answer(self, model: TransformerBridge, prompt: int) -> Float[Tensor, " d_vocab"]:
         """Return one prompt's logits at its answer, under whatever edits are in force."""
@@ -111,8 +118,15 @@ class Promised(Mapping[Key, Tensor]):
         return key in self.keys_asked
 
 
-def task_runs(task: Task) -> dict[str, Run]:
-    """Return the task's runs by name, ``"clean"`` and (where it has one) ``"corrupted"``."""
+def runs_of(data: Task | Text | Labelled) -> dict[str, Run]:
+    """Return the runs by name: ``"clean"`` and (where a task has one) ``"corrupted"``.
+
+    Text and labelled texts have the clean run alone.
+    """
+    if not isinstance(data, Task):
+        last = tuple(n - 1 for n in data.prompts.lengths.tolist())
+        return {"clean": Run("clean", data.prompts, {}, last)}
+    task = data
     runs = {"clean": Run("clean", task.clean, task.roles, task.answer_positions)}
     if task.corrupted is not None:
         runs["corrupted"] = Run(
@@ -128,16 +142,16 @@ def task_runs(task: Task) -> dict[str, Run]:
     return runs
 
 
-def run_of(task: Task, name: str) -> Run:
-    """Return one run of the task.
+def run_of(data: Task | Text | Labelled, name: str) -> Run:
+    """Return one run of the data.
 
     Raises:
         ValueError: There is no run of that name.
     """
-    runs = task_runs(task)
+    runs = runs_of(data)
     if name == "corrupted" and name not in runs:
         raise ValueError(
-            f"the task {task.name!r} has no corrupted run to patch from or into. Build it with "
+            f"{data.name!r} has no corrupted run to patch from or into. Build a task with "
             "corrupted=[...] prompts, with corruption=(edits of the clean prompts), or add "
             "noise: mi.noise_corruption(model, task, role='subject')."
         )

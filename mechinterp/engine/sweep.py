@@ -41,6 +41,7 @@ class Sweep:
 
     The cells are applied to ``runs[on]``. ``writes[cell]`` are a cell's own; those of the edits
     ``in_force`` on the model and of the run itself, which come first, are with the prompts.
+    ``everywhere``: every position is an answer, so whole prompts are computed.
     """
 
     model: TransformerBridge
@@ -50,6 +51,12 @@ class Sweep:
     writes: tuple[tuple[Write, ...], ...]
     prompts: Prompted
     in_force: tuple[Action, ...]
+    everywhere: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether rows are whole prompts: all is read, or a position sees all others."""
+        return self.everywhere or not is_causal(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +82,7 @@ class Sweep:
     def rows(self) -> Rows:
         """Every counterfactual run that can differ from the base run."""
         offset = self.prompts.offset[self.run.name]
-        whole = not is_causal(self.model)
+        whole = self.whole
         common = {run.name: self.prompts.common(self.run.name, run.name) for run in self.runs}
         if whole:  # a position depends on the whole prompt
             starts = {name: self.prompts.offset[name] for name in common}
@@ -139,9 +146,16 @@ class Sweep:
 
 
 def sweep(
-    model: TransformerBridge, runs: Sequence[Run], on: str, cells: Sequence[Any]
+    model: TransformerBridge,
+    runs: Sequence[Run],
+    on: str,
+    cells: Sequence[Any],
+    *,
+    everywhere: bool = False,
 ) -> Sweep:
     """Resolve cells against a run and the runs they read from.
+
+    ``everywhere``: what is measured reads every position, not the answer alone.
 
     Raises:
         ValueError: A cell does not fit the model, the run or itself; before any forward pass.
@@ -157,7 +171,9 @@ def sweep(
     writes = resolve(model, runs[index], cells)
     _check_promises(cells, runs)
     made = prompted(runs, under)
-    return Sweep(model, tuple(runs), index, tuple(cells), tuple(writes), made, in_force)
+    return Sweep(
+        model, tuple(runs), index, tuple(cells), tuple(writes), made, in_force, everywhere
+    )
 
 
 def _check_promises(cells: Sequence[Cell], runs: Sequence[Run]) -> None:

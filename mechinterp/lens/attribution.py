@@ -86,16 +86,18 @@ def direct_logit_attribution(
     for site in ("z", "mlp_out"):
         keys += [(site, layer) for layer in site_layers(model, site)]
     found: list[Shares] = []
-    differences, capped = [], []
+    differences, scales, capped = [], [], []
     with bar(len(task), "attributing logits") as advance:
         for batch in batches(model, prompts, index, keys, budget_of(model, memory)):
             rows = batch.prompt.tolist()
             signed = signed_tokens(task, rows)
             total, bends = _attributable(closing, batch, signed)
-            shares = _shares(model, closing, batch, signed, total.scale)
+            norm = HeldNorm(closing.final_norm, batch.last)
+            shares = _shares(model, closing, batch, signed, total.scale, norm)
             _check(shares, total.value, batch.logits)
             found.append(shares)
             differences.append(_weighted(batch.logits.double(), signed))
+            scales.append(norm.scale)
             capped.append(bends)
             advance(len(rows))
     components = list(found[0])
@@ -103,8 +105,14 @@ def direct_logit_attribution(
     name = "logit" if task.distractors is None else "logit_diff"
     unit = "logits" if task.distractors is None else "nats of log-odds"
     before = any(capped)
+    per_prompt = {"logit_diff": torch.cat(differences), "scale": torch.cat(scales)}
     return DirectAttributionResult(
-        labelled(task, components, shares.cpu().numpy(), torch.cat(differences).cpu().numpy()),
+        labelled(
+            task,
+            components,
+            shares.cpu().numpy(),
+            {name: each.cpu().numpy() for name, each in per_prompt.items()},
+        ),
         convention_of(
             "direct_logit_attribution",
             model,
@@ -170,13 +178,17 @@ def _attributable(closing: Closing, batch: Batch, signed: Signed) -> tuple[_Tota
 
 
 def _shares(
-    model: TransformerBridge, closing: Closing, batch: Batch, signed: Signed, scale: float
+    model: TransformerBridge,
+    closing: Closing,
+    batch: Batch,
+    signed: Signed,
+    scale: float,
+    norm: HeldNorm,
 ) -> Shares:
     """Return every component's share, per row, in float64."""
     W_U, b_U = closing.unembedding(signed.ids)
     weights = scale * signed.weights.to(W_U.device)
     direction = torch.einsum("rtd,rt->rd", W_U, weights)
-    norm = HeldNorm(closing.final_norm, batch.last)
     aim = norm.pulled(direction)
     embed, entering = batch.seen["embed", None], batch.seen["resid_pre", 0]
     found: Shares = {}

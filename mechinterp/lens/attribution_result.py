@@ -1,6 +1,6 @@
 """Shares of the logit difference: numbers per prompt and component, and their picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,8 @@ class DirectAttributionResult(Result):
     ``3.2`` for a head, ``3.attn bias``, ``5.mlp``, ``final bias``. The coordinates ``kind``,
     ``layer`` and ``head`` (-1 where there is none) select among them. Shares of a prompt add
     up to ``total``, which is ``logit_diff``, the model's own difference, except under a
-    soft-cap: then it is the difference before the cap.
+    soft-cap: then it is the difference before the cap. ``scale`` is what the final norm
+    divided by; all shares but the final bias go with 1 / scale.
     """
 
     @property
@@ -96,7 +97,7 @@ def labelled(
     task: Task,
     components: Sequence["Component"],
     shares: Float[np.ndarray, "prompt component"],
-    differences: Float[np.ndarray, " prompt"],
+    per_prompt: Mapping[str, Float[np.ndarray, " prompt"]],
 ) -> xr.Dataset:
     """Return the shares with named axes, and what they add up to."""
     coords = {
@@ -113,7 +114,7 @@ def labelled(
         {
             "share": (("prompt", "component"), shares),
             "total": ("prompt", shares.sum(1)),
-            "logit_diff": ("prompt", differences),
+            **{name: ("prompt", values) for name, values in per_prompt.items()},
         },
         coords,
     )

@@ -1,13 +1,16 @@
 """Data without corrupted prompts: running text, and texts with a class label."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -26,7 +29,10 @@ class Text:
         prompts: The pieces, each with the beginning of sequence that its tokenizer gives.
         documents: Which document each piece comes from, counted from 0.
         context: The largest number of tokens a piece may have.
+        metric: What methods measure unless they are told otherwise: the loss per token.
     """
+
+    metric: ClassVar[str] = "loss"
 
     name: str
     prompts: Prompts
@@ -145,7 +151,10 @@ class Labelled:
         prompts: The texts.
         labels: The right class of each, counted from 0.
         classes: The classes' names.
+        metric: What methods measure unless they are told otherwise.
     """
+
+    metric: ClassVar[str] = "loss"
 
     name: str
     prompts: Prompts
@@ -196,9 +205,50 @@ class Labelled:
         ]
         return cls(name, prompts, torch.tensor(numbered, dtype=torch.long), tuple(classes))
 
-    def targets(self) -> Targets:
-        """Return what metrics compare class logits with: the right class is the answer."""
-        return Targets(self.labels[:, None])
+    @classmethod
+    def from_jsonl(
+        cls,
+        path: str | PathLike[str],
+        model: TransformerBridge,
+        *,
+        classes: Sequence[str] | None = None,
+    ) -> "Labelled":
+        """Return the texts of a JSON-lines file whose lines have ``text`` and ``label``.
+
+        Raises:
+            ValueError: A line is no such object, or as in :meth:`from_strings`.
+        """
+        path = Path(path)
+        texts, labels = [], []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                texts.append(row["text"])
+                labels.append(row["label"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"line {number} of {path} is no object with text and label: {error!r}."
+                ) from error
+        return cls.from_strings(model, texts, labels, classes=classes, name=path.stem)
+
+    @staticmethod
+    def in_jsonl(path: str | PathLike[str]) -> bool:
+        """Whether the first line of a file is an object with ``text`` and ``label``."""
+        with Path(path).open(encoding="utf-8") as file:
+            first = next((line for line in file if line.strip()), "")
+        try:
+            return {"text", "label"} <= set(json.loads(first))
+        except (ValueError, TypeError):
+            return False
+
+    def targets(self, reference: Float[Tensor, "prompt d_class"] | None = None) -> Targets:
+        """Return what metrics compare class logits with: the right class is the answer.
+
+        ``reference`` logits are for ``kl``.
+        """
+        return Targets(self.labels[:, None], reference=reference)
 
     def __len__(self) -> int:
         return len(self.prompts)

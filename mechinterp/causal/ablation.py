@@ -1,0 +1,318 @@
+"""Ablation: what the model loses without a head, an MLP or a neuron.
+
+A cell is a set of parts taken out together, over the whole prompt: their output is replaced by
+zeros, a mean, another prompt's or the corrupted run's. The engine computes all cells at once,
+exactly.
+
+Source: Michel et al. 2019, arXiv:1905.10650 (zero); Wang et al. 2022, arXiv:2211.00593 (mean,
+over a reference distribution); Chan et al. 2022, "Causal Scrubbing" (resample).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from transformer_lens.model_bridge import TransformerBridge
+
+from mechinterp.causal.ablation_result import AblationResult
+from mechinterp.causal.grid import check_option, prompt_labels, steps_of
+from mechinterp.causal.parts import Part, PartSets, sets_of
+from mechinterp.edits import Edit, Mean, Replace, Resample, Zero
+from mechinterp.engine.calls import MEASURED, Memory, check_answers, metrics_of_cells
+from mechinterp.engine.cells import Cell
+from mechinterp.engine.runs import run_activations, run_of
+from mechinterp.hooks import HookManager
+from mechinterp.metrics import resolve_metrics
+from mechinterp.record import Data, convention_of, digest
+from mechinterp.tasks import Task, as_data
+
+KINDS = ("zero", "mean", "position_mean", "resample", "corrupted")
+MetricSpec = str | Callable | Mapping[str, str | Callable] | None
+
+
+def head_ablation(
+    model: TransformerBridge,
+    data: Any,
+    *,
+    kind: str = "zero",
+    reference: Any = None,
+    heads: Any = None,
+    metric: MetricSpec = None,
+    seed: int = 0,
+    memory: Memory = None,
+) -> AblationResult:
+    """Take attention heads out and measure what that does.
+
+    A head's ``z`` is replaced at every position of the prompt.
+
+    Args:
+        model: Left as it was. Edits in force on it apply to every run.
+        data: A ``Task`` (measured at its answers), a ``Text`` (loss per token) or ``Labelled``
+            texts (a classifier's loss).
+        kind: What takes a head's place: ``"zero"``; its ``"mean"`` over all positions of the
+            reference, or its ``"position_mean"``; ``"resample"``, that of a random reference
+            prompt at the same position; ``"corrupted"``, that of the task's corrupted run.
+        reference: Where means and resamples come from: data or prompts; ``data`` by default.
+        heads: None for every head by itself; ``"pairs"`` for every two heads together;
+            ``"layers"`` for all heads of each layer together; a list of pairs (layer, head),
+            each by itself; or a list of such lists, each a set.
+        metric: A name, a function of (logits, targets), or a mapping of several. Default: the
+            data's own, which is ``"loss"`` for text and labelled texts.
+        seed: Of the resampled prompts.
+        memory: Bytes, or a size such as ``"2GB"``, to take beside the model.
+
+    Raises:
+        TypeError: ``data`` is none of these.
+        ValueError: A head does not exist or is named twice in a set; the kind or metric is
+            unknown, or the data has none of what it needs: before the model runs.
+    """
+    return _ablation(
+        model, data, "z", heads, "head_ablation", kind, reference, metric, seed, memory
+    )
+
+
+def mlp_ablation(
+    model: TransformerBridge,
+    data: Any,
+    *,
+    kind: str = "zero",
+    reference: Any = None,
+    mlps: Any = None,
+    metric: MetricSpec = None,
+    seed: int = 0,
+    memory: Memory = None,
+) -> AblationResult:
+    """Take whole MLPs out (``mlp_out``) and measure what that does.
+
+    Args:
+        model: As in ``mi.head_ablation``, like all arguments not named here.
+        data: As there.
+        kind: As there.
+        reference: As there.
+        mlps: None for each layer's by itself, ``"pairs"`` for every two, a list of layers, or
+            a list of lists of layers.
+        metric: As there.
+        seed: As there.
+        memory: As there.
+
+    Raises:
+        TypeError: As in ``mi.head_ablation``.
+        ValueError: As there.
+    """
+    return _ablation(
+        model, data, "mlp_out", mlps, "mlp_ablation", kind, reference, metric, seed, memory
+    )
+
+
+def neuron_ablation(
+    model: TransformerBridge,
+    data: Any,
+    *,
+    kind: str = "zero",
+    reference: Any = None,
+    neurons: Any = None,
+    metric: MetricSpec = None,
+    seed: int = 0,
+    memory: Memory = None,
+) -> AblationResult:
+    """Take MLP neurons (``mlp_post``) out and measure what that does.
+
+    Args:
+        model: As in ``mi.head_ablation``, like all arguments not named here.
+        data: As there.
+        kind: As there.
+        reference: As there.
+        neurons: None for every neuron by itself, ``"layers"`` for all of each layer, a list of
+            pairs (layer, neuron), or a list of such lists.
+        metric: As there.
+        seed: As there.
+        memory: As there.
+
+    Raises:
+        TypeError: As in ``mi.head_ablation``.
+        ValueError: As there.
+    """
+    return _ablation(
+        model,
+        data,
+        "mlp_post",
+        neurons,
+        "neuron_ablation",
+        kind,
+        reference,
+        metric,
+        seed,
+        memory,
+    )
+
+
+def ablation_cells(
+    model: TransformerBridge,
+    data: Any,
+    *,
+    kind: str = "zero",
+    reference: Any = None,
+    heads: Any = None,
+    seed: int = 0,
+) -> list[Cell]:
+    """Return the cells that ``mi.head_ablation`` with these arguments runs.
+
+    For ``mi.plan`` and for sweeps that combine them. Means and resamples are computed.
+    """
+    measured = as_data(data, MEASURED, "ablation_cells")
+    found = sets_of(model, "z", heads)
+    values = stand_ins(model, measured, kind, reference, "z", found.layers, seed)
+    return [Cell(values.edits(one)) for one in found.sets]
+
+
+@dataclass(frozen=True, eq=False)
+class StandIns:
+    """What takes the place of parts at one site: makes the edits for a set of them."""
+
+    site: str
+    kind: str
+    source: Any = None
+    seed: int = 0
+
+    def edits(self, parts: Sequence[Part]) -> list[Edit]:
+        """Return the edits that take the parts out, one per layer."""
+        return [
+            self._edit(layer, [part.index for part in parts if part.layer == layer])
+            for layer in sorted({part.layer for part in parts})
+        ]
+
+    def _edit(self, layer: int, units: Sequence[int | None]) -> Edit:
+        where: dict[str, Any] = {"layers": layer}
+        if self.site != "mlp_out":
+            where["heads" if self.site == "z" else "neurons"] = list(units)
+        if self.kind == "zero":
+            return Zero(self.site, **where)
+        if self.kind == "resample":
+            return Resample(self.site, self.source, seed=self.seed, **where)
+        if self.kind == "corrupted":
+            return Replace(self.site, self.source, **where)
+        by_position = self.kind == "position_mean"
+        return Mean(self.site, self.source, per_position=by_position, **where)
+
+
+def stand_ins(
+    model: TransformerBridge,
+    data: Data,
+    kind: str,
+    reference: Any,
+    site: str,
+    layers: Sequence[int],
+    seed: int = 0,
+) -> StandIns:
+    """Return what takes the place of parts of ``site`` at some layers.
+
+    Raises:
+        ValueError: The kind is unknown, draws on no reference, or needs a corrupted run.
+    """
+    check_option("kind", kind, KINDS)
+    if kind in ("zero", "corrupted") and reference is not None:
+        raise ValueError(f"kind={kind!r} draws on no reference. Leave reference out.")
+    if kind == "zero":
+        return StandIns(site, kind)
+    at = sorted(set(layers))
+    if kind == "corrupted":
+        corrupted = run_of(data, "corrupted")
+        steps_of(site, "all", run_of(data, "clean"), corrupted, "exact")
+        assert isinstance(data, Task)
+        return StandIns(site, kind, run_activations(model, data, "corrupted", site, layers=at))
+    manager, drawn_on = HookManager(model), data if reference is None else reference
+    if kind == "resample":
+        return StandIns(site, kind, manager.capture(drawn_on, site, layers=at), seed)
+    by_position = kind == "position_mean"
+    return StandIns(
+        site, kind, manager.mean(drawn_on, site, layers=at, per_position=by_position)
+    )
+
+
+def _ablation(
+    model: TransformerBridge,
+    data: Any,
+    site: str,
+    asked: Any,
+    method: str,
+    kind: str,
+    reference: Any,
+    metric: MetricSpec,
+    seed: int,
+    memory: Memory,
+) -> AblationResult:
+    measured: Any = as_data(data, MEASURED, method)
+    metrics = resolve_metrics(metric, measured.metric)
+    check_answers(model, measured)
+    chosen = sets_of(model, site, asked)
+    values = stand_ins(model, measured, kind, reference, site, chosen.layers, seed)
+    cells = (Cell(values.edits(one)) for one in chosen.sets)
+    found = metrics_of_cells(model, measured, cells, on="clean", metrics=metrics, memory=memory)
+    settings: dict[str, Any] = {
+        "kind": kind,
+        "sets": "every part by itself" if chosen.grid else len(chosen.sets),
+        "path": found.path,
+        "why": found.why,
+    }
+    if reference is not None:
+        settings["reference"] = _named(reference)
+    several = isinstance(metric, Mapping)
+    return AblationResult(
+        _labelled(chosen, found, measured, list(metrics) if several else None),
+        convention_of(
+            method,
+            model,
+            measured,
+            metrics,
+            found.fingerprint,
+            settings,
+            site=site,
+            positions="all",
+            ablation=_said(kind),
+            seed=seed if kind == "resample" else None,
+        ),
+    )
+
+
+def _labelled(
+    chosen: PartSets, found: Any, data: Data, metrics: Sequence[str] | None
+) -> xr.Dataset:
+    """Return the values with their axes: those of the parts, or ``set``."""
+    values = found.values.double().cpu().numpy()  # cell prompt metric
+    intact = found.runs["clean"].double().cpu().numpy()
+    coords: dict[str, Any] = prompt_labels(data)
+    axes: dict[str, list[Any]] = {"set": chosen.labels}
+    whole = values
+    if chosen.grid:
+        axes = {**chosen.axes}
+        whole = np.full((*map(len, axes.values()), *values.shape[1:]), np.nan)
+        for (part,), value in zip(chosen.sets, values, strict=True):
+            at = [axes["layer"].index(part.layer)]
+            at += [axes[name].index(part.index) for name in axes if name != "layer"]
+            whole[tuple(at)] = value
+    coords |= axes
+    dims = (*axes, "prompt", "metric")
+    arrays = {
+        "ablated": xr.DataArray(whole, dims=dims).transpose("prompt", ...),
+        "intact": xr.DataArray(intact, dims=("prompt", "metric")),
+    }
+    made = xr.Dataset(arrays).assign_coords(coords)
+    return made.isel(metric=0) if metrics is None else made.assign_coords(metric=list(metrics))
+
+
+def _said(kind: str) -> str:
+    return {
+        "zero": "zero",
+        "mean": "mean over all positions",
+        "position_mean": "mean per position",
+        "resample": "a random prompt's, same position",
+        "corrupted": "the corrupted run's",
+    }[kind]
+
+
+def _named(reference: Any) -> dict[str, str]:
+    """Return what a record says of the data that means come from."""
+    named = getattr(reference, "name", None)
+    return {"name": named, "sha256": digest(reference)} if named else {"name": "prompts"}

@@ -1,0 +1,131 @@
+"""Self-repair: what later components make up for when a head is taken out.
+
+The logit difference is a sum of what components write, divided by the final norm's scale. So
+the total effect of an ablation splits without rest into the direct effect (the head's own
+term, at the scale that the norm had), the change of every other component's own term, and the
+rescaling of everything by the norm's new scale.
+
+Source: McGrath et al. 2023, "The Hydra Effect", arXiv:2307.15771; Rushing and Nanda 2024,
+"Explorations of Self-Repair in Language Models", arXiv:2402.15390 (the part of the norm).
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from transformer_lens.model_bridge import TransformerBridge
+
+from mechinterp._progress import progress
+from mechinterp.causal.ablation import stand_ins
+from mechinterp.causal.parts import Part, sets_of
+from mechinterp.causal.self_repair_result import SelfRepair
+from mechinterp.engine.calls import Memory, metrics_of_cells
+from mechinterp.engine.cells import Cell
+from mechinterp.engine.runs import run_of
+from mechinterp.hooks import HookManager
+from mechinterp.lens.attribution import direct_logit_attribution
+from mechinterp.metrics import METRICS
+from mechinterp.record import convention_of
+from mechinterp.tasks import Task, as_data
+
+_LAST = "final bias"  # the one term that the norm does not scale
+
+
+def self_repair(
+    model: TransformerBridge,
+    data: Any,
+    heads: Any,
+    *,
+    kind: str = "zero",
+    reference: Any = None,
+    seed: int = 0,
+    memory: Memory = None,
+) -> SelfRepair:
+    """Split what taking heads out does to the logit difference, and name what compensates.
+
+    Args:
+        model: Left as it was; raw weights of any norm, grouped queries and all.
+        data: A ``Task``; what is split is the logit difference of its clean prompts (the
+            answer's logit, without distractors).
+        heads: As in ``mi.head_ablation``: a list of pairs (layer, head), each by itself, or of
+            such lists, each a set; None for every head by itself.
+        kind: As there.
+        reference: As there.
+        seed: As there.
+        memory: As there.
+
+    Raises:
+        TypeError: ``data`` is not a task.
+        ValueError: As in ``mi.head_ablation`` and ``mi.direct_logit_attribution``: a model
+            without an unembedding, or one that normalises after adding (BERT).
+    """
+    task = as_data(data, (Task,), "self_repair")
+    name = "logit" if task.distractors is None else "logit_diff"
+    chosen = sets_of(model, "z", heads)
+    intact = direct_logit_attribution(model, task, memory=memory)
+    values = stand_ins(model, task, kind, reference, "z", chosen.layers, seed)
+    manager = HookManager(model)
+    if kind == "corrupted":
+        run = run_of(task, "corrupted")
+        with run.in_force(manager):
+            values = replace(values, source=manager.capture(run, "z", layers=chosen.layers))
+    capped = intact.convention.settings["attributed"] != "logits"
+    cells = [Cell(values.edits(one)) for one in chosen.sets]
+    total = None
+    if not capped:  # the shares are of what the metric reads
+        metrics = {name: METRICS[name]}
+        found = metrics_of_cells(model, task, cells, on="clean", metrics=metrics, memory=memory)
+        total = (found.values - found.runs["clean"])[..., 0].double().cpu().numpy()
+    changes, rescalings = [], []
+    labels = intact.data["component"].values.tolist()
+    scaled = np.array(labels) != _LAST
+    for one in progress(chosen.sets, len(chosen.sets), "ablating heads"):
+        with manager.edit(*values.edits(one), data=task):
+            without = direct_logit_attribution(model, task, memory=memory)
+        share = without.data["share"].values
+        held = share.copy()
+        held[:, scaled] *= (without.data["scale"] / intact.data["scale"]).values[:, None]
+        changes.append(held - intact.data["share"].values)
+        rescalings.append((share - held).sum(1))
+    change, rescaling = np.stack(changes, 1), np.stack(rescalings, 1)
+    own = np.array([[label in named for label in labels] for named in map(_names, chosen.sets)])
+    arrays = {
+        "total": (
+            ("prompt", "set"),
+            change.sum(-1) + rescaling if total is None else total.T,
+        ),
+        "direct": (("prompt", "set"), np.where(own, change, 0.0).sum(-1)),
+        "change": (("prompt", "set", "component"), np.where(own, np.nan, change)),
+        "rescaling": (("prompt", "set"), rescaling),
+        "intact": ("prompt", intact.data["total"].values),
+    }
+    coords = {
+        name: intact.data[name]
+        for name in ("prompt", "template", "case", "kind", "layer", "head", "component")
+        if name in intact.data.coords
+    }
+    unit = intact.convention.metrics[name]
+    return SelfRepair(
+        xr.Dataset(arrays, coords | {"set": chosen.labels}),
+        convention_of(
+            "self_repair",
+            model,
+            task,
+            {name: unit},
+            intact.convention.fingerprint,
+            {
+                "kind": kind,
+                "final_norm": "held at the scale it had; its change is the rescaling",
+                "attributed": intact.convention.settings["attributed"],
+            },
+            site="z",
+            positions="answer",
+            ablation=kind,
+            seed=seed if kind == "resample" else None,
+        ),
+    )
+
+
+def _names(parts: list[Part]) -> set[str]:
+    return {part.label for part in parts}
