@@ -1,0 +1,69 @@
+"""How important each head is, by one method, and the order of pruning that follows."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+
+from mechinterp import plotting
+from mechinterp.drawing import draw
+from mechinterp.nulls import Head
+from mechinterp.results import Result
+
+SIGNED = ("ablation", "shapley")
+
+
+@dataclass(frozen=True, eq=False)
+class HeadImportance(Result):
+    """What each head is worth; larger is more important.
+
+    ``data["importance"]`` has the axes ``layer`` and ``head`` (NaN where a layer has no such
+    head, or it was not scored), and ``prompt`` where the method scores prompts. Its unit is in
+    ``convention.metrics``. ``data`` may hold more: ``error`` (Monte-Carlo standard error of
+    Shapley values), ``open`` (each gate's probability of being open along its training, on
+    ``step``).
+    """
+
+    @property
+    def effect(self) -> xr.DataArray:
+        """The importance of every head."""
+        return self.data["importance"].rename("effect")
+
+    @property
+    def signed(self) -> bool:
+        """Whether a head can do harm: then its importance is below 0, and tests make sense."""
+        return self.convention.settings["importance"] in SIGNED
+
+    @property
+    def order(self) -> list[Head]:
+        """The heads, the least important first: the order in which to prune them.
+
+        Ties go by layer and head.
+        """
+        values = self.data["importance"]
+        mean = values.mean("prompt") if "prompt" in values.dims else values
+        mean = mean.transpose("layer", "head")
+        flat = np.argsort(mean.values, axis=None, kind="stable")  # NaN last
+        flat = flat[: int(np.isfinite(mean.values).sum())]
+        at = np.unravel_index(flat, mean.shape)
+        layers, heads = (mean[axis].values[i] for axis, i in zip(mean.dims, at, strict=True))
+        return [(int(a), int(b)) for a, b in zip(layers, heads, strict=True)]
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the importance of every head, layers by heads.
+
+        A dot: different from 0 at 0.05 after correction by max-T, where the method has signs
+        and prompts.
+        """
+        name, unit = next(iter(self.convention.metrics.items()))
+        label = f"{name} ({unit})" if unit else name
+        effect = self.effect
+        if "prompt" in effect.dims:
+            return draw(effect, self.convention, label=label, signed=self.signed, ax=ax)
+        ax = plotting.heat_grid(effect, ax=ax, label=label, signed=False)
+        plotting.title(ax, f"{self.convention.settings['importance']} · {self.convention.data}", "")
+        return ax
+
+    def _rank(self, mean: np.ndarray) -> np.ndarray:
+        return mean
