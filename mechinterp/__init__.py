@@ -44,6 +44,8 @@ _HOME = {
     "mechinterp.heads.dossier": ["induction_dossier"],
     "mechinterp.heads.dossier_account": ["InductionDossier"],
     "mechinterp.heads.knockout": ["KnockOut"],
+    "mechinterp.heads.redundancy": ["redundancy_atlas"],
+    "mechinterp.heads.redundancy_result": ["RedundancyAtlas"],
     "mechinterp.heads.scores": ["head_scores"],
     "mechinterp.heads.scores_result": ["HeadScores"],
     "mechinterp.hooks": ["HookManager", "HookNotFiredError"],

@@ -43,6 +43,8 @@ from mechinterp.heads.function_vectors import function_vector as function_vector
 from mechinterp.heads.icl import icl_score as icl_score
 from mechinterp.heads.icl_result import IclResult as IclResult
 from mechinterp.heads.knockout import KnockOut as KnockOut
+from mechinterp.heads.redundancy import redundancy_atlas as redundancy_atlas
+from mechinterp.heads.redundancy_result import RedundancyAtlas as RedundancyAtlas
 from mechinterp.heads.scores import head_scores as head_scores
 from mechinterp.heads.scores_result import HeadScores as HeadScores
 from mechinterp.heads.training import training_curve as training_curve
@@ -113,6 +115,7 @@ __all__ = [
     "PatchingResult",
     "Plan",
     "Prompts",
+    "RedundancyAtlas",
     "Result",
     "SelfRepair",
     "Site",
@@ -155,6 +158,7 @@ __all__ = [
     "plan",
     "random_heads",
     "random_init",
+    "redundancy_atlas",
     "repeated_tokens",
     "run_activations",
     "save_model",
