@@ -42,7 +42,12 @@ from mechinterp.heads.function_vector_effect import FunctionVectorEffect as Func
 from mechinterp.heads.function_vectors import function_vector as function_vector
 from mechinterp.heads.icl import icl_score as icl_score
 from mechinterp.heads.icl_result import IclResult as IclResult
+from mechinterp.heads.importance import head_importance as head_importance
+from mechinterp.heads.importance_result import HeadImportance as HeadImportance
 from mechinterp.heads.knockout import KnockOut as KnockOut
+from mechinterp.heads.pruning_curve import pruning_curve as pruning_curve
+from mechinterp.heads.pruning_curve import pruning_plan as pruning_plan
+from mechinterp.heads.pruning_curve_result import PruningCurve as PruningCurve
 from mechinterp.heads.redundancy import redundancy_atlas as redundancy_atlas
 from mechinterp.heads.redundancy_result import RedundancyAtlas as RedundancyAtlas
 from mechinterp.heads.scores import head_scores as head_scores
@@ -99,6 +104,7 @@ __all__ = [
     "FewShotResult",
     "FunctionVector",
     "FunctionVectorEffect",
+    "HeadImportance",
     "HeadScores",
     "HookManager",
     "HookNotFiredError",
@@ -115,6 +121,7 @@ __all__ = [
     "PatchingResult",
     "Plan",
     "Prompts",
+    "PruningCurve",
     "RedundancyAtlas",
     "Result",
     "SelfRepair",
@@ -139,6 +146,7 @@ __all__ = [
     "fingerprint",
     "function_vector",
     "head_ablation",
+    "head_importance",
     "head_scores",
     "icl_score",
     "induction_dossier",
@@ -156,6 +164,8 @@ __all__ = [
     "patching_cells",
     "path_patching",
     "plan",
+    "pruning_curve",
+    "pruning_plan",
     "random_heads",
     "random_init",
     "redundancy_atlas",

@@ -9,7 +9,7 @@ constants of its code.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -85,7 +85,7 @@ def train_gates(
         seed: Of batches and gates.
         keep: How many states on the way are kept.
     """
-    layers = [layer for layer in site_layers(model, "z")]
+    layers = site_layers(model, "z")
     log_odds = {
         layer: torch.full((n_heads(model, "z", layer),), START, requires_grad=True)
         for layer in layers

@@ -6,7 +6,7 @@ summed over a prompt's tokens, or over a whole batch.
 Source: Michel et al. 2019, arXiv:1905.10650, section 4.1.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,21 +23,18 @@ from mechinterp.record import Data
 from mechinterp.sites import site_layers
 from mechinterp.tasks import Text, answer_logits
 
-Objective = Callable[[Tensor, slice], Float[Tensor, " prompt"]]
+Objective = Callable[[Tensor, Sequence[int]], Float[Tensor, " prompt"]]
 
 
-def objective(
-    model: TransformerBridge, data: Data, metrics: Mapping[str, Metric]
-) -> Objective:
-    """Return what gives each prompt's metric from the logits of a slice, with a gradient."""
+def objective(model: TransformerBridge, data: Data, metrics: Mapping[str, Metric]) -> Objective:
+    """Return what gives the metric of some prompts from their logits, with a gradient."""
     reader = replace(metric_reader(model, data, metrics)(None), vocabulary=None)
     positions = run_of(data, "clean").answer_positions
 
-    def measured(logits: Tensor, rows: slice) -> Float[Tensor, " prompt"]:
-        numbers = list(range(*rows.indices(len(data))))
+    def measured(logits: Tensor, prompts: Sequence[int]) -> Float[Tensor, " prompt"]:
         if not isinstance(data, Text):
-            logits = answer_logits(logits, positions[rows])
-        return reader.read(logits, numbers)[:, 0]
+            logits = answer_logits(logits, [positions[i] for i in prompts])
+        return reader.read(logits, prompts)[:, 0]
 
     return measured
 
@@ -56,10 +53,12 @@ def gate_gradients(
     measured, run = objective(model, data, metrics), run_of(data, "clean")
     keys: list[Key] = [("z", layer) for layer in site_layers(model, "z")]
     for start in range(0, len(data), batch_size):
+        numbers = list(range(start, min(start + batch_size, len(data))))
         rows = slice(start, start + batch_size)
         with torch.enable_grad():
             seen, logits = observe(model, run.prompts, rows, keys, track=True)
-            found = torch.autograd.grad(measured(logits, rows).sum(), [seen[k] for k in keys])
+            total = measured(logits, numbers).sum()
+            found = torch.autograd.grad(total, [seen[key] for key in keys])
         mask = run.prompts.mask[rows]
         yield {
             layer: (seen[site, layer].detach() * gradient).double().sum(-1).cpu()
@@ -67,4 +66,3 @@ def gate_gradients(
             for (site, layer), gradient in zip(keys, found, strict=True)
             if layer is not None
         }
-

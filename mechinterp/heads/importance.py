@@ -18,6 +18,7 @@ from mechinterp.causal.ablation import KINDS, MetricSpec, head_ablation, stand_i
 from mechinterp.causal.grid import check_option, prompt_labels
 from mechinterp.causal.parts import Part, every_part, part_of
 from mechinterp.engine.calls import MEASURED, Memory, check_answers
+from mechinterp.engine.runs import run_of
 from mechinterp.heads.gates import open_probability, train_gates
 from mechinterp.heads.gradient import gate_gradients
 from mechinterp.heads.importance_result import HeadImportance
@@ -109,8 +110,20 @@ def head_importance(
     if len(set(asked)) < len(asked) or not asked:
         raise ValueError("heads must name at least one head, and each once.")
     how = _How(
-        model, measured, metrics, asked, every, unit, kind, reference, orders, penalty, steps,
-        batch_size, seed, memory,
+        model,
+        measured,
+        metrics,
+        asked,
+        every,
+        unit,
+        kind,
+        reference,
+        orders,
+        penalty,
+        steps,
+        batch_size,
+        seed,
+        memory,
     )
     found = _SCORERS[method](how)
     if normalize_layers:
@@ -209,9 +222,7 @@ def _by_gradient(how: _How) -> _Scored:
     if how.unit == "example":
         scores = np.concatenate(rows)
     elif how.unit == "token":  # over the tokens of each prompt
-        lengths = how.data.clean.lengths if hasattr(how.data, "clean") else (
-            how.data.prompts.lengths
-        )
+        lengths = run_of(how.data, "clean").prompts.lengths
         scores = np.concatenate(tokens) / lengths.numpy()[:, None]
     else:
         scores = np.stack(batches).mean(0)
@@ -228,7 +239,9 @@ def _by_gates(how: _How) -> _Scored:
         seed=how.seed,
     )
     scores = [float(open_probability(gates.log_odds[p.layer])[p.index]) for p in how.asked]
-    history = [[float(at[p.layer][p.index]) for p in how.asked] for at in gates.history.values()]
+    history = [
+        [float(at[p.layer][p.index]) for p in how.asked] for at in gates.history.values()
+    ]
     said = {
         "penalty": how.penalty,
         "steps": how.steps,
@@ -242,9 +255,7 @@ def _by_gates(how: _How) -> _Scored:
 
 def _by_shapley(how: _How) -> _Scored:
     layers = sorted({part.layer for part in how.asked})
-    values = stand_ins(
-        how.model, how.data, how.kind, how.reference, "z", layers, how.seed
-    )
+    values = stand_ins(how.model, how.data, how.kind, how.reference, "z", layers, how.seed)
     found = shapley_values(
         how.model,
         how.data,

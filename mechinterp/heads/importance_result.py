@@ -62,7 +62,9 @@ class HeadImportance(Result):
         if "prompt" in effect.dims:
             return draw(effect, self.convention, label=label, signed=self.signed, ax=ax)
         ax = plotting.heat_grid(effect, ax=ax, label=label, signed=False)
-        plotting.title(ax, f"{self.convention.settings['importance']} · {self.convention.data}", "")
+        plotting.title(
+            ax, f"{self.convention.settings['importance']} · {self.convention.data}", ""
+        )
         return ax
 
     def _rank(self, mean: np.ndarray) -> np.ndarray:

@@ -9,7 +9,6 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mechinterp import stats
 from mechinterp.heads.redundancy_plot import clustered_figure, clustered_grid
 from mechinterp.heads.redundancy_tree import Tree
 from mechinterp.names import unknown

@@ -43,8 +43,10 @@ class ShapleyValues:
     def error(self) -> Float[np.ndarray, " head"]:
         """The standard error of a head's mean value that the sampling of orders leaves."""
         n = len(self.per_pair)
-        return self.per_pair.std(0, ddof=1) / np.sqrt(n) if n > 1 else np.full_like(
-            self.per_pair[0], np.nan
+        return (
+            self.per_pair.std(0, ddof=1) / np.sqrt(n)
+            if n > 1
+            else np.full_like(self.per_pair[0], np.nan)
         )
 
 
@@ -66,9 +68,7 @@ def shapley_values(
     wanted = {frozenset(order[: i + 1]) for order in orders for i in range(len(heads))}
     sets = sorted(wanted, key=lambda one: (len(one), sorted(one)))
     cells = [Cell(values.edits([heads[i] for i in sorted(one)])) for one in sets]
-    found = metrics_of_cells(
-        model, data, cells, on="clean", metrics=metrics, memory=memory
-    )
+    found = metrics_of_cells(model, data, cells, on="clean", metrics=metrics, memory=memory)
     measured = dict(zip(sets, found.values[..., 0].double().cpu().numpy(), strict=True))
     intact = found.runs["clean"][:, 0].double().cpu().numpy()
     measured[frozenset()] = intact

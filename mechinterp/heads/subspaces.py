@@ -77,5 +77,5 @@ def _bases(
     """Return orthonormal columns that span each head's, 0 past its rank, and the ranks."""
     U, S, _ = torch.linalg.svd(weights, full_matrices=False)
     # Weights are known to float32 at best: what is this small beside the largest is rounding.
-    kept = (S > 1e-6 * S[:, :1]) & (S > 0)
+    kept = (1e-6 * S[:, :1] < S) & (S > 0)
     return U * kept[:, None], kept.sum(1)

@@ -1,0 +1,276 @@
+"""Pruning curves: what is left of the model as heads go, least important first.
+
+One part of the data ranks the heads, another tells how good the model still is. Heads are
+masked, not cut; ``mi.prune_heads`` cuts them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from transformer_lens.model_bridge import TransformerBridge
+
+from mechinterp._progress import progress
+from mechinterp.causal.ablation import MetricSpec, StandIns, ablation_cells, stand_ins
+from mechinterp.causal.grid import check_option, prompt_labels
+from mechinterp.causal.parts import Part, every_part
+from mechinterp.engine import Plan, plan
+from mechinterp.engine.calls import MEASURED, Memory, check_answers, metrics_of_cells
+from mechinterp.engine.cells import Cell
+from mechinterp.heads.importance import METHODS, head_importance
+from mechinterp.heads.pruning_curve_result import PruningCurve
+from mechinterp.hooks import HookManager
+from mechinterp.metrics import resolve_metrics
+from mechinterp.nulls import Head
+from mechinterp.record import Data, convention_of, digest
+from mechinterp.tasks import as_data
+
+RESCORED = ("ablation", "gradient")  # methods cheap enough to ask again at every step
+
+
+def pruning_curve(
+    model: TransformerBridge,
+    data: Any,
+    *,
+    method: str | Sequence[str] = "gradient",
+    steps: int = 20,
+    rescore: bool = True,
+    min_heads_per_layer: int = 0,
+    evaluate_on: Any = None,
+    kind: str = "zero",
+    reference: Any = None,
+    metric: MetricSpec = None,
+    draws: int = 20,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    memory: Memory = None,
+) -> PruningCurve:
+    """Take heads out step by step, least important first, and measure what is left.
+
+    Args:
+        model: Left as it was. Edits in force on it apply.
+        data: What ranks the heads: a ``Task``, a ``Text`` or ``Labelled`` texts.
+        method: Of ``mi.head_importance``, or several. ``"random"`` needs no asking for: its
+            band is always there.
+        steps: In how many steps the heads go, as evenly as whole heads allow.
+        rescore: Score the remaining heads anew before each step, with the others out. For
+            ``"ablation"`` and ``"gradient"``; the other methods score once.
+        min_heads_per_layer: Stop where each layer has no more than so many heads.
+        evaluate_on: What tells how good the model still is: other data of the same kind. By
+            default ``data`` is cut in two halves, the first of which ranks.
+        kind: What takes a pruned head's place, as in ``mi.head_ablation``.
+        reference: Where means and resamples come from; what ranks by default.
+        metric: What is measured, one or a mapping of several, the first of which ranks.
+            Default: the data's own.
+        draws: Random orders for the band to compare with.
+        options: More for ``mi.head_importance``: ``{"unit": "token"}``, ``{"penalty": 0.05}``.
+        seed: Of random orders and whatever else is drawn.
+        memory: Bytes, or a size such as ``"2GB"``, to take beside the model.
+
+    Raises:
+        TypeError: ``data`` is none of these, or ``evaluate_on`` of another kind.
+        ValueError: A method is unknown; ``evaluate_on`` is the data that ranks; there is a
+            single prompt to halve; nothing may be pruned; or as in ``mi.head_importance``.
+    """
+    methods = [method] if isinstance(method, str) else list(method)
+    for each in methods:
+        check_option("method", each, METHODS)
+    if len(set(methods)) < len(methods) or not methods:
+        raise ValueError("method must name at least one method, and each once.")
+    ranking, judging = _both(data, evaluate_on)
+    check_answers(model, ranking)
+    check_answers(model, judging)
+    metrics = resolve_metrics(metric, ranking.metric)
+    every = every_part(model, "z")
+    counts = _counts(every, steps, min_heads_per_layer)
+    if draws < 1:
+        raise ValueError(f"draws={draws} gives no band to compare with. Pass at least 1.")
+    layers = sorted({part.layer for part in every})
+    drawn_on = ranking if kind in ("mean", "position_mean", "resample") else None
+    source = reference if reference is not None else drawn_on
+    values = stand_ins(model, ranking, kind, source, "z", layers, seed)
+    first = dict(list(metrics.items())[:1])
+    told = {"kind": kind, "reference": reference, "metric": first, "seed": seed}
+    if kind == "corrupted":
+        told["reference"] = None
+    orders: dict[str, list[Part]] = {}
+    for each in methods:
+        ask = {**told, **dict(options or {}), "memory": memory}
+        again = rescore and each in RESCORED
+        orders[each] = _order(
+            model, ranking, each, every, counts, values, min_heads_per_layer, ask, again
+        )
+    generator = torch.Generator().manual_seed(seed)
+    chance = [
+        _allowed(
+            [every[i] for i in torch.randperm(len(every), generator=generator).tolist()],
+            counts[-1],
+            min_heads_per_layer,
+        )
+        for _ in range(draws)
+    ]
+    sequences = [*orders.values(), *chance]
+    sets = [one[:count] for one in sequences for count in counts[1:]]
+    judge = (
+        values
+        if kind != "corrupted"
+        else stand_ins(model, judging, kind, None, "z", layers, seed)
+    )
+    cells = [Cell(judge.edits(sorted(one))) for one in sets]
+    found = metrics_of_cells(model, judging, cells, on="clean", metrics=metrics, memory=memory)
+    settings = {
+        "methods": methods,
+        "rescored": [each for each in methods if rescore and each in RESCORED],
+        "min_heads_per_layer": min_heads_per_layer,
+        "ranked_on": {"name": ranking.name, "sha256": digest(ranking)},
+        "draws": draws,
+        "options": dict(options or {}),
+        "path": found.path,
+    }
+    several = list(metrics) if isinstance(metric, Mapping) else None
+    return PruningCurve(
+        _labelled(found, counts, methods, orders, draws, judging, several),
+        convention_of(
+            "pruning_curve",
+            model,
+            judging,
+            metrics,
+            found.fingerprint,
+            settings,
+            site="z",
+            positions="all",
+            ablation=kind,
+            seed=seed,
+        ),
+    )
+
+
+def pruning_plan(
+    model: TransformerBridge,
+    data: Any,
+    *,
+    steps: int = 20,
+    rescore: bool = True,
+    min_heads_per_layer: int = 0,
+    memory: Memory = None,
+) -> Plan:
+    """Return what ranking by ``"ablation"`` in ``mi.pruning_curve`` will cost on this machine.
+
+    The other methods cost less: a gradient is two or three runs of the data at each step. The
+    arguments are those of ``mi.pruning_curve``; without ``evaluate_on`` half of ``data`` ranks.
+    """
+    ranking, _ = _both(data, None)
+    every = every_part(model, "z")
+    counts = _counts(every, steps, min_heads_per_layer)
+    cells = ablation_cells(model, ranking)
+    asked = [cells[count:] for count in (counts[:-1] if rescore else counts[:1])]
+    return plan(model, ranking, [cell for step in asked for cell in step], memory=memory)
+
+
+def _both(data: Any, evaluate_on: Any) -> tuple[Data, Data]:
+    """Return what ranks the heads and what judges the rest."""
+    ranking: Any = as_data(data, MEASURED, "pruning_curve")
+    if evaluate_on is not None:
+        judging: Any = as_data(evaluate_on, (type(ranking),), "pruning_curve(evaluate_on=)")
+        if digest(judging) == digest(ranking):
+            raise ValueError(
+                "evaluate_on is the data that ranks the heads, so the curve would flatter the "
+                "methods that look at it. Give other prompts, or leave it out to halve data."
+            )
+        return ranking, judging
+    if len(ranking) < 2:
+        raise ValueError("one prompt cannot be halved. Give more, or evaluate_on=.")
+    half = len(ranking) // 2
+    return ranking[:half], ranking[half:]
+
+
+def _counts(every: Sequence[Part], steps: int, least: int) -> list[int]:
+    """Return how many heads are out after each step, from none on."""
+    if least < 0 or steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1, min_heads_per_layer={least} 0.")
+    per_layer = [sum(p.layer == layer for p in every) for layer in {p.layer for p in every}]
+    most = sum(max(0, count - least) for count in per_layer)
+    if not most:
+        raise ValueError(
+            f"min_heads_per_layer={least} leaves nothing to prune: layers have at most "
+            f"{max(per_layer, default=0)} heads."
+        )
+    return sorted({round(i * most / steps) for i in range(steps + 1)})
+
+
+def _order(
+    model: TransformerBridge,
+    data: Data,
+    method: str,
+    every: Sequence[Part],
+    counts: Sequence[int],
+    values: StandIns,
+    least: int,
+    ask: Mapping[str, Any],
+    again: bool,
+) -> list[Part]:
+    """Return the heads in the order in which they go."""
+    if not again:
+        scores = head_importance(model, data, method=method, **ask)
+        return _allowed(_parts(scores.order), counts[-1], least)
+    out: list[Part] = []
+    manager = HookManager(model)
+    for count in progress(counts[1:], len(counts) - 1, f"ranking by {method}"):
+        left = [part for part in every if part not in out]
+        asked = [(part.layer, part.index) for part in left]
+        if out:
+            with manager.edit(*values.edits(sorted(out)), data=data):
+                scores = head_importance(model, data, method=method, heads=asked, **ask)
+        else:
+            scores = head_importance(model, data, method=method, heads=asked, **ask)
+        out = _allowed([*out, *_parts(scores.order)], count, least)
+    return out
+
+
+def _parts(order: Sequence[Head]) -> list[Part]:
+    return [Part(layer, head) for layer, head in order]
+
+
+def _allowed(order: Sequence[Part], count: int, least: int) -> list[Part]:
+    """Return the first ``count`` heads that leave every layer its least."""
+    left = {layer: sum(p.layer == layer for p in order) for layer in {p.layer for p in order}}
+    out: list[Part] = []
+    for part in order:
+        if len(out) < count and left[part.layer] > least:
+            left[part.layer] -= 1
+            out.append(part)
+    return out
+
+
+def _labelled(
+    found: Any,
+    counts: Sequence[int],
+    methods: Sequence[str],
+    orders: Mapping[str, Sequence[Part]],
+    draws: int,
+    data: Data,
+    metrics: Sequence[str] | None,
+) -> xr.Dataset:
+    values = found.values.double().cpu().numpy()
+    values = values.reshape(-1, len(counts) - 1, *values.shape[1:])
+    intact = np.broadcast_to(
+        found.runs["clean"].double().cpu().numpy(), (len(values), 1, *values.shape[2:])
+    )
+    whole = np.concatenate([intact, values], axis=1)
+    dims = ("removed", "prompt", "metric")
+    names = [[part.label for part in orders[each]] for each in methods]
+    arrays = {
+        "value": (("method", *dims), whole[: len(methods)]),
+        "random": (("draw", *dims), whole[len(methods) :]),
+        "order": (("method", "place"), np.array(names, dtype=str)),
+    }
+    coords: dict[str, Any] = {
+        "method": list(methods),
+        "removed": list(counts),
+        "draw": np.arange(draws),
+        "place": np.arange(1, counts[-1] + 1),
+    }
+    made = xr.Dataset(arrays, coords | prompt_labels(data))
+    return made.isel(metric=0) if metrics is None else made.assign_coords(metric=list(metrics))

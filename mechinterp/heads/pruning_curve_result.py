@@ -1,0 +1,156 @@
+"""What is left of the model as heads go, beside the band of random orders."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from matplotlib.axes import Axes
+
+from mechinterp import inference, plotting, stats
+from mechinterp.nulls import Head
+from mechinterp.results import Result
+
+_WORSE = ("loss", "kl", "rank")
+
+
+@dataclass(frozen=True, eq=False)
+class PruningCurve(Result):
+    """The metric against the number of heads taken out, on data that did not rank them.
+
+    ``data["value"]`` has the axes ``method``, ``removed`` (heads, from 0 on) and ``prompt``,
+    ``data["random"]`` the same with ``draw`` for random orders; ``data["order"]`` names the
+    heads of each method in the order in which they went. Several metrics add ``metric``.
+    """
+
+    @property
+    def effect(self) -> xr.DataArray:
+        """The metric minus that of the whole model, per method, heads removed and prompt."""
+        value = self.data["value"]
+        return (value - value.isel(removed=0, drop=True)).rename("effect")
+
+    def removed(self, method: str, count: int) -> list[Head]:
+        """Return the first ``count`` heads that a method took out, for ``mi.prune_heads``.
+
+        Raises:
+            ValueError: The method is not on the curve, or so many heads were not taken out.
+        """
+        methods = self.data["method"].values.tolist()
+        if method not in methods:
+            raise ValueError(f"{method!r} is not on this curve. It has {', '.join(methods)}.")
+        order = self.data["order"].sel(method=method).values.tolist()
+        if not 0 <= count <= len(order):
+            raise ValueError(f"{count} heads were not taken out, but 0 to {len(order)}.")
+        names = [name.split(".") for name in order[:count]]
+        return [(int(layer), int(head)) for layer, head in names]
+
+    def area(self, *, metric: str | None = None) -> xr.DataArray:
+        """Return the mean of the metric along the curve, per method and prompt.
+
+        The area under it by the trapezium rule, over the share of heads removed from 0 to the
+        last, so a curve that never falls has the whole model's value.
+        """
+        return self._area(self.of_metric(self.data["value"], metric))
+
+    def against_random(
+        self, *, metric: str | None = None, n_flips: int = 10_000, seed: int = 0
+    ) -> pd.DataFrame:
+        """Return how each method's area compares with that of random orders, paired by prompt.
+
+        Columns: ``method``, ``better`` (mean advantage in area over the mean of the random
+        orders, positive where the method is better), ``low`` and ``high`` (95 % bootstrap
+        interval over prompts), ``p`` (sign flips of prompts, two-sided), ``p_draws`` (share of
+        random orders that are at least as good, plus one in each), ``below`` (steps at which
+        the method is significantly worse at 0.05, max-T over steps).
+        """
+        value = self.of_metric(self.data["value"], metric)
+        random = self.of_metric(self.data["random"], metric)
+        sign = self._sign(metric)
+        chance = self._area(random)
+        rows = []
+        for method in self.data["method"].values.tolist():
+            own = self._area(value.sel(method=method))
+            gain = inference.per_case(sign * (own - chance.mean("draw"))).values
+            step = sign * (value.sel(method=method) - random.mean("draw"))
+            step = inference.per_case(step.isel(removed=slice(1, None)))
+            low, high = (ends[0] for ends in stats.bootstrap_interval(gain[None]))
+            as_good = sign * (chance.mean("prompt") - own.mean("prompt")) >= 0
+            at = inference.per_prompt(step.drop_vars("method", errors="ignore"))
+            p = stats.max_t(at, None, n_flips, seed)
+            rows.append(
+                {
+                    "method": method,
+                    "better": float(gain.mean()),
+                    "low": float(low),
+                    "high": float(high),
+                    "p": float(stats.sign_flip_test(gain[None], None, n_flips, seed)[0]),
+                    "p_draws": (1 + int(as_good.sum())) / (1 + random.sizes["draw"]),
+                    "below": int(((p < 0.05) & (at.mean(-1) < 0)).sum()),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def can_go(self, margin: float, *, metric: str | None = None) -> pd.DataFrame:
+        """Return how many heads can go before the metric is worse than ``margin`` allows.
+
+        The largest number such that there, and at every smaller one, the one-sided 95 %
+        bootstrap bound of the mean loss over prompts stays below ``margin`` (in the metric's
+        unit): non-inferiority at that margin. Columns: ``method``, ``heads``, ``share``.
+
+        Raises:
+            ValueError: The margin is not positive.
+        """
+        if not margin > 0:
+            raise ValueError(f"margin={margin} must be positive, in the metric's unit.")
+        effect = self._sign(metric) * self.of_metric(self.effect, metric)
+        total = int(self.data["removed"].values[-1])
+        rows = []
+        for method in self.data["method"].values.tolist():
+            lost = inference.per_case(-effect.sel(method=method)).transpose("removed", "prompt")
+            _, high = stats.bootstrap_interval(lost.values, 0.90)
+            fine = np.logical_and.accumulate([True, *(high[1:] < margin)])
+            count = int(self.data["removed"].values[fine][-1])
+            rows.append({"method": method, "heads": count, "share": count / total})
+        return pd.DataFrame(rows)
+
+    def plot(self, ax: Axes | None = None, *, metric: str | None = None) -> Axes:
+        """Draw the metric against heads removed: a line per method, a band of random orders.
+
+        Shades of the lines are 95 % intervals over prompts; the grey band holds the middle
+        95 % of random orders, its line their mean.
+        """
+        ax = ax if ax is not None else plotting.new_axes(plotting.NOTEBOOK_WIDTH, 3.8)
+        name = metric or next(iter(self.convention.metrics))
+        x = self.data["removed"].values
+        random = self.of_metric(self.data["random"], metric).mean("prompt").values
+        low, high = np.quantile(random, [0.025, 0.975], axis=0)
+        ax.fill_between(x, low, high, color="0.85", linewidth=0)
+        ax.plot(x, random.mean(0), color="0.55", linestyle="--", label="random orders")
+        value = self.of_metric(self.data["value"], metric)
+        for i, method in enumerate(self.data["method"].values.tolist()):
+            colour = plotting.COLOURS[i % len(plotting.COLOURS)]
+            own = inference.per_case(value.sel(method=method)).transpose("removed", "prompt")
+            ax.plot(x, own.mean("prompt"), color=colour, label=method.replace("_", " "))
+            if own.sizes["prompt"] > 1:
+                ends = stats.bootstrap_interval(own.values)
+                ax.fill_between(x, *ends, color=colour, alpha=0.15, linewidth=0)
+        unit = self.convention.metrics[name]
+        ax.set_xlabel("heads removed")
+        ax.set_ylabel(f"{name} ({unit})" if unit else name)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=8)
+        n = value.sizes["prompt"]
+        plotting.title(
+            ax,
+            f"heads removed by {self.convention.ablation}-ablation · {self.convention.data}, "
+            f"{n} prompt{'s' if n > 1 else ''}",
+            f"grey: the middle 95 % of {len(random)} random orders; shades: 95 % intervals",
+        )
+        return ax
+
+    def _sign(self, metric: str | None) -> float:
+        return -1.0 if (metric or next(iter(self.convention.metrics))) in _WORSE else 1.0
+
+    def _area(self, value: xr.DataArray) -> xr.DataArray:
+        x = self.data["removed"].values.astype(float)
+        return value.integrate("removed") / (x[-1] - x[0])
