@@ -115,6 +115,12 @@ METHODS: dict[str, Method] = {
         bad=failing_pair,
         arguments={"neurons": [(0, 1), (1, 5), (2, 2)], "kind": "mean"},
     ),
+    "head_importance": Method(
+        data=pair, bad=failing_pair, arguments={"method": "gradient", "batch_size": 1}
+    ),
+    "pruning_curve": Method(
+        data=text, arguments={"method": ["gradient", "random"], "steps": 3, "draws": 2}
+    ),
     "self_repair": Method(data=pair, arguments={"heads": [(0, 1), [(1, 2), (1, 3)]]}),
     "audit": Method(
         data=pair,

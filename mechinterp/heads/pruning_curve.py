@@ -262,12 +262,12 @@ def _labelled(
     dims = ("removed", "prompt", "metric")
     names = [[part.label for part in orders[each]] for each in methods]
     arrays = {
-        "value": (("method", *dims), whole[: len(methods)]),
+        "value": (("ranked_by", *dims), whole[: len(methods)]),
         "random": (("draw", *dims), whole[len(methods) :]),
-        "order": (("method", "place"), np.array(names, dtype=str)),
+        "order": (("ranked_by", "place"), np.array(names, dtype=str)),
     }
     coords: dict[str, Any] = {
-        "method": list(methods),
+        "ranked_by": list(methods),
         "removed": list(counts),
         "draw": np.arange(draws),
         "place": np.arange(1, counts[-1] + 1),

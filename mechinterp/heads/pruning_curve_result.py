@@ -18,7 +18,8 @@ _WORSE = ("loss", "kl", "rank")
 class PruningCurve(Result):
     """The metric against the number of heads taken out, on data that did not rank them.
 
-    ``data["value"]`` has the axes ``method``, ``removed`` (heads, from 0 on) and ``prompt``,
+    ``data["value"]`` has the axes ``ranked_by`` (a method), ``removed`` (heads, from 0 on) and
+    ``prompt``,
     ``data["random"]`` the same with ``draw`` for random orders; ``data["order"]`` names the
     heads of each method in the order in which they went. Several metrics add ``metric``.
     """
@@ -35,10 +36,10 @@ class PruningCurve(Result):
         Raises:
             ValueError: The method is not on the curve, or so many heads were not taken out.
         """
-        methods = self.data["method"].values.tolist()
+        methods = self.data["ranked_by"].values.tolist()
         if method not in methods:
             raise ValueError(f"{method!r} is not on this curve. It has {', '.join(methods)}.")
-        order = self.data["order"].sel(method=method).values.tolist()
+        order = self.data["order"].sel(ranked_by=method).values.tolist()
         if not 0 <= count <= len(order):
             raise ValueError(f"{count} heads were not taken out, but 0 to {len(order)}.")
         names = [name.split(".") for name in order[:count]]
@@ -68,14 +69,14 @@ class PruningCurve(Result):
         sign = self._sign(metric)
         chance = self._area(random)
         rows = []
-        for method in self.data["method"].values.tolist():
-            own = self._area(value.sel(method=method))
+        for method in self.data["ranked_by"].values.tolist():
+            own = self._area(value.sel(ranked_by=method))
             gain = inference.per_case(sign * (own - chance.mean("draw"))).values
-            step = sign * (value.sel(method=method) - random.mean("draw"))
+            step = sign * (value.sel(ranked_by=method) - random.mean("draw"))
             step = inference.per_case(step.isel(removed=slice(1, None)))
             low, high = (ends[0] for ends in stats.bootstrap_interval(gain[None]))
             as_good = sign * (chance.mean("prompt") - own.mean("prompt")) >= 0
-            at = inference.per_prompt(step.drop_vars("method", errors="ignore"))
+            at = inference.per_prompt(step)
             p = stats.max_t(at, None, n_flips, seed)
             rows.append(
                 {
@@ -105,8 +106,10 @@ class PruningCurve(Result):
         effect = self._sign(metric) * self.of_metric(self.effect, metric)
         total = int(self.data["removed"].values[-1])
         rows = []
-        for method in self.data["method"].values.tolist():
-            lost = inference.per_case(-effect.sel(method=method)).transpose("removed", "prompt")
+        for method in self.data["ranked_by"].values.tolist():
+            lost = inference.per_case(-effect.sel(ranked_by=method)).transpose(
+                "removed", "prompt"
+            )
             _, high = stats.bootstrap_interval(lost.values, 0.90)
             fine = np.logical_and.accumulate([True, *(high[1:] < margin)])
             count = int(self.data["removed"].values[fine][-1])
@@ -127,9 +130,9 @@ class PruningCurve(Result):
         ax.fill_between(x, low, high, color="0.85", linewidth=0)
         ax.plot(x, random.mean(0), color="0.55", linestyle="--", label="random orders")
         value = self.of_metric(self.data["value"], metric)
-        for i, method in enumerate(self.data["method"].values.tolist()):
+        for i, method in enumerate(self.data["ranked_by"].values.tolist()):
             colour = plotting.COLOURS[i % len(plotting.COLOURS)]
-            own = inference.per_case(value.sel(method=method)).transpose("removed", "prompt")
+            own = inference.per_case(value.sel(ranked_by=method)).transpose("removed", "prompt")
             ax.plot(x, own.mean("prompt"), color=colour, label=method.replace("_", " "))
             if own.sizes["prompt"] > 1:
                 ends = stats.bootstrap_interval(own.values)

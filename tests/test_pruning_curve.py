@@ -1,0 +1,210 @@
+"""Pruning curves: what is left as heads go, on data that did not rank them."""
+
+import numpy as np
+import pytest
+import xarray as xr
+import zoo
+from known import known
+from zoo import tokens
+
+import mechinterp as mi
+from mechinterp.hooks import HookManager
+
+
+def text(model, n: int = 8, seed: int = 1) -> mi.Text:
+    return mi.Text.from_tokens(model, tokens(n, 9, seed=seed))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.zoo("llama")
+
+
+@pytest.fixture(scope="module")
+def curve(model):
+    methods = ["ablation", "gradient", "random"]
+    return mi.pruning_curve(
+        model, text(model), evaluate_on=text(model, 6, 2), method=methods, steps=5, draws=4
+    )
+
+
+def test_every_point_is_the_model_without_those_heads(model, curve):
+    judged = text(model, 6, 2)
+    for method in ("ablation", "gradient"):
+        for count in curve.data["removed"].values.tolist()[1:]:
+            heads = curve.removed(method, count)
+            assert len(set(heads)) == count
+            one = mi.head_ablation(model, judged, heads=[heads])
+            value = curve.data["value"].sel(ranked_by=method, removed=count)
+            np.testing.assert_allclose(value, one.data["ablated"][:, 0], atol=1e-5)
+    start = curve.data["value"].isel(removed=0)
+    np.testing.assert_allclose(start.sel(ranked_by="random"), one.data["intact"], atol=1e-5)
+
+
+def test_all_orders_begin_and_end_alike(curve):
+    ends = [curve.data[name].isel(removed=[0, -1]) for name in ("value", "random")]
+    values = np.concatenate([each.values for each in ends])
+    np.testing.assert_allclose(values, np.broadcast_to(values[:1], values.shape), atol=1e-5)
+    assert curve.data["removed"].values.tolist() == [0, 2, 5, 7, 10, 12]
+
+
+def test_rescoring_is_a_greedy_loop(model):
+    data = text(model)
+    curve = mi.pruning_curve(model, data, method="ablation", steps=12, draws=1)
+    out: list[tuple[int, int]] = []
+    manager = HookManager(model)
+    every = [(layer, head) for layer in range(3) for head in range(4)]
+    half = data[:4]
+    for _ in range(4):
+        losses = {}
+        for head in every:
+            if head in out:
+                continue
+            edits = [mi.edits.Zero("z", layers=a, heads=b) for a, b in [*out, head]]
+            with manager.edit(*edits):
+                losses[head] = float(half.loss(model).mean())
+        out.append(min(losses, key=losses.__getitem__))
+    assert curve.removed("ablation", 4) == out
+    assert curve.convention.settings["rescored"] == ["ablation"]
+
+
+def test_without_rescoring_both_of_a_redundant_pair_go_and_with_it_one_stays():
+    found = known("redundant_pair", "multi_head", "learned")
+    task, pair = found.task(8), found.circuit["previous_token"]
+    total = len(found.patterns)
+    for rescore, kept in ((False, 0), (True, 1)):
+        curve = mi.pruning_curve(
+            found.model, task, method="ablation", steps=total, rescore=rescore, draws=1
+        )
+        gone = curve.removed("ablation", total - len(found.heads) + (1 if rescore else 2))
+        assert sum(head not in gone for head in pair) == kept
+        left = curve.data["value"].sel(ranked_by="ablation", removed=len(gone)).mean()
+        assert float(left) == pytest.approx(10.0 if rescore else 0.0, abs=1e-4)
+
+
+def test_every_layer_keeps_its_least(model):
+    curve = mi.pruning_curve(
+        model, text(model), steps=3, min_heads_per_layer=1, draws=2, kind="mean"
+    )
+    assert curve.data["removed"].values.tolist() == [0, 3, 6, 9]
+    gone = curve.removed("gradient", 9)
+    assert {layer: sum(a == layer for a, _ in gone) for layer in range(3)} == {0: 3, 1: 3, 2: 3}
+
+
+def test_half_of_the_data_ranks_and_the_other_half_judges(model):
+    data = text(model)
+    halved = mi.pruning_curve(model, data, steps=3, draws=2)
+    given = mi.pruning_curve(model, data[:4], evaluate_on=data[4:], steps=3, draws=2)
+    np.testing.assert_array_equal(halved.data["value"], given.data["value"])
+    assert halved.convention.settings["ranked_on"] == given.convention.settings["ranked_on"]
+
+
+def test_several_metrics_come_from_the_same_runs(model):
+    metrics = {"loss": "loss", "accuracy": "accuracy"}
+    both = mi.pruning_curve(model, text(model), steps=3, draws=2, metric=metrics)
+    one = mi.pruning_curve(model, text(model), steps=3, draws=2)
+    np.testing.assert_allclose(both.data["value"].sel(metric="loss"), one.data["value"])
+    assert both.can_go(0.5, metric="accuracy").shape == (1, 3)
+
+
+# ----------------------------------------------------------------- what follows from it
+
+
+def made(values: np.ndarray, random: np.ndarray, metric: str) -> mi.PruningCurve:
+    """A curve with the numbers given: ``method removed prompt`` and ``draw removed prompt``."""
+    removed = np.arange(values.shape[1])
+    data = xr.Dataset(
+        {
+            "value": (("ranked_by", "removed", "prompt"), values),
+            "random": (("draw", "removed", "prompt"), random),
+            "order": (("ranked_by", "place"), np.full((1, len(removed) - 1), "0.0")),
+        },
+        {
+            "ranked_by": ["gradient"],
+            "removed": removed,
+            "prompt": np.arange(values.shape[2]),
+            "draw": np.arange(len(random)),
+            "place": removed[1:],
+        },
+    )
+    unit = {metric: "nats" if metric == "loss" else "share right"}
+    convention = mi.Convention("pruning_curve", "m", "f", False, "float32", "d", "given", unit)
+    return mi.PruningCurve(data, convention)
+
+
+def test_the_area_of_a_straight_line_is_its_middle():
+    values = np.linspace(1, 0, 5)[None, :, None] * np.ones((1, 1, 3))
+    curve = made(values, values, "accuracy")
+    np.testing.assert_allclose(curve.area(), 0.5)
+    assert curve.against_random()["better"].tolist() == [0.0]
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("accuracy", 1), ("loss", -1)])
+def test_better_is_more_of_a_metric_and_less_of_a_loss(metric, sign):
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(1, 1, 60))
+    good = base - sign * np.linspace(0, 1, 6)[None, :, None] ** 2
+    bad = base - sign * np.linspace(0, 1, 6)[None, :, None] + rng.normal(0, 0.02, (30, 6, 60))
+    (row,) = made(good, bad, metric).against_random().to_dict("records")
+    assert row["better"] > 0.1 and row["p"] < 0.01 and row["below"] == 0
+    assert row["p_draws"] == pytest.approx(1 / 31)
+    (row,) = made(bad[:1], np.repeat(good, 5, 0), metric).against_random().to_dict("records")
+    assert row["better"] < -0.1 and row["below"] >= 3
+
+
+def test_heads_can_go_until_the_bound_of_the_loss_meets_the_margin():
+    rng = np.random.default_rng(1)
+    means = np.array([0.0, 0.001, 0.005, 0.5, 0.001])
+    values = 0.9 - means[None, :, None] + rng.normal(0, 0.001, (1, 5, 80))
+    values[:, 0] = 0.9
+    found = made(values, values, "accuracy").can_go(0.02)
+    assert found["heads"].tolist() == [2]  # not 4, since 3 is too many
+    assert found["share"].tolist() == [0.5]
+
+
+def test_the_picture_names_each_method(curve):
+    ax = curve.plot()
+    said = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert said == ["random orders", "ablation", "gradient", "random"]
+
+
+def test_a_plan_comes_before_the_curve(model):
+    plan = mi.pruning_plan(model, text(model), steps=4)
+    assert plan.cells == 12 + 9 + 6 + 3
+    assert mi.pruning_plan(model, text(model), steps=4, rescore=False).cells == 12
+
+
+# --------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"method": "ablations"}, "Did you mean 'ablation'"),
+        ({"method": []}, "at least one method"),
+        ({"method": ["gradient", "gradient"]}, "each once"),
+        ({"steps": 0}, "must be at least 1"),
+        ({"min_heads_per_layer": 4}, "leaves nothing to prune"),
+        ({"draws": 0}, "no band"),
+    ],
+)
+def test_bad_arguments_are_said_at_once(model, arguments, says):
+    with pytest.raises(ValueError, match=says):
+        mi.pruning_curve(model, text(model), **arguments)
+
+
+def test_data_that_ranks_does_not_judge(model):
+    with pytest.raises(ValueError, match="flatter"):
+        mi.pruning_curve(model, text(model), evaluate_on=text(model))
+    with pytest.raises(ValueError, match="cannot be halved"):
+        mi.pruning_curve(model, text(model, 1))
+    with pytest.raises(TypeError, match="takes a Text"):
+        task = mi.Task.from_tokens(model, clean=tokens(2, 6), answers=[3, 4])
+        mi.pruning_curve(model, text(model), evaluate_on=task)
+
+
+def test_what_was_not_removed_is_not_named(curve):
+    with pytest.raises(ValueError, match="0 to 12"):
+        curve.removed("ablation", 13)
+    with pytest.raises(ValueError, match="is not on this curve"):
+        curve.removed("shapley", 2)
