@@ -1,5 +1,7 @@
 """Importance of heads: six methods against plain loops, enumeration and known answers."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -35,7 +37,8 @@ def labelled(model, n: int = 5) -> mi.Labelled:
 
 def gate_derivatives(family: str, rows: list[list[int]], labels=None) -> list[np.ndarray]:
     """d loss / d gate of every prompt, token, layer and head, by Hugging Face's own loss."""
-    module, found = hf(family), []
+    module: Any = hf(family)
+    found = []
     for i, row in enumerate(rows):
         ids, leaves, handles = torch.tensor([row]), [], []
         for layer in range(3):

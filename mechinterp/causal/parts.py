@@ -25,6 +25,12 @@ class Part:
         """Its name: ``3.1`` for a head or neuron, ``3.mlp`` for an MLP."""
         return f"{self.layer}.{'mlp' if self.index is None else self.index}"
 
+    @property
+    def pair(self) -> tuple[int, int]:
+        """The pair (layer, index) of a head or neuron."""
+        assert self.index is not None
+        return self.layer, self.index
+
 
 @dataclass(frozen=True, eq=False)
 class PartSets:

@@ -194,7 +194,7 @@ class _Scored:
 
 
 def _by_ablation(how: _How) -> _Scored:
-    heads = [(part.layer, part.index) for part in how.asked]
+    heads = [part.pair for part in how.asked]
     result = head_ablation(
         how.model,
         how.data,
@@ -281,7 +281,7 @@ def _by_shapley(how: _How) -> _Scored:
 def _by_redundancy(how: _How) -> _Scored:
     atlas = redundancy_atlas(how.model, how.data, seed=how.seed, memory=how.memory)
     place = {head: i for i, head in enumerate(atlas.pruning_order())}
-    scores = [place[part.layer, part.index] for part in how.asked]
+    scores = [place[part.pair] for part in how.asked]
     return _Scored(np.array(scores, float), "place in the pruning order", "", {}, {})
 
 

@@ -219,7 +219,7 @@ def _order(
     manager = HookManager(model)
     for count in progress(counts[1:], len(counts) - 1, f"ranking by {method}"):
         left = [part for part in every if part not in out]
-        asked = [(part.layer, part.index) for part in left]
+        asked = [part.pair for part in left]
         if out:
             with manager.edit(*values.edits(sorted(out)), data=data):
                 scores = head_importance(model, data, method=method, heads=asked, **ask)
