@@ -36,6 +36,8 @@ from mechinterp.heads.function_vectors import function_vector as function_vector
 from mechinterp.heads.icl import icl_score as icl_score
 from mechinterp.heads.icl_result import IclResult as IclResult
 from mechinterp.heads.knockout import KnockOut as KnockOut
+from mechinterp.heads.pruning import prune_heads as prune_heads
+from mechinterp.heads.pruning import prune_neurons as prune_neurons
 from mechinterp.heads.scores import head_scores as head_scores
 from mechinterp.heads.scores_result import HeadScores as HeadScores
 from mechinterp.heads.training import training_curve as training_curve
@@ -60,6 +62,8 @@ from mechinterp.models import unwrap as unwrap
 from mechinterp.models import verify as verify
 from mechinterp.models.known import KnownModel as KnownModel
 from mechinterp.models.known import known_model as known_model
+from mechinterp.models.pruned.record import Pruning as Pruning
+from mechinterp.models.pruned.record import pruning_of as pruning_of
 from mechinterp.nulls import random_heads as random_heads
 from mechinterp.results import Convention as Convention
 from mechinterp.results import Result as Result
@@ -105,6 +109,7 @@ __all__ = [
     "PatchingResult",
     "Plan",
     "Prompts",
+    "Pruning",
     "Result",
     "Site",
     "SiteCatalogue",
@@ -141,6 +146,9 @@ __all__ = [
     "patching_cells",
     "path_patching",
     "plan",
+    "prune_heads",
+    "prune_neurons",
+    "pruning_of",
     "random_heads",
     "random_init",
     "repeated_tokens",

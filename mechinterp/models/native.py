@@ -5,6 +5,7 @@
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from transformer_lens.model_bridge.sources.native import (
     NativeModel,
     initialize_native_model,
 )
+
+from mechinterp.models.pruned.bridging import fit
 
 MODEL_TYPE = "transformer_lens_native"
 _ARCHITECTURE = "TransformerLensNative"
@@ -56,7 +59,13 @@ def initialise_native(module: nn.Module, config: Any, seed: int) -> None:
 
 def wrap_native(module: nn.Module, config: Any, name: str) -> TransformerBridge:
     """Return a bridge around a plain native module."""
-    return build_bridge_from_module(module, _ARCHITECTURE, tl_config=config, model_name=name)
+    return build_bridge_from_module(
+        module,
+        _ARCHITECTURE,
+        tl_config=config,
+        model_name=name,
+        post_adapter_hook=partial(fit, module),
+    )
 
 
 def load_native(
