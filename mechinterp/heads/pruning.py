@@ -7,7 +7,7 @@ returned.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
@@ -28,7 +28,7 @@ def prune_heads(
     model: TransformerBridge,
     heads: Units,
     *,
-    fold: Literal["zero", "mean"] = "zero",
+    fold: str = "zero",
     mean_data: Any = None,
 ) -> TransformerBridge:
     """Return a smaller model without these heads; the given one stays as it is.
@@ -78,7 +78,7 @@ def prune_neurons(
     model: TransformerBridge,
     neurons: Units,
     *,
-    fold: Literal["zero", "mean"] = "zero",
+    fold: str = "zero",
     mean_data: Any = None,
 ) -> TransformerBridge:
     """Return a smaller model without these MLP neurons; the given one stays as it is.

@@ -19,8 +19,12 @@ from transformer_lens.model_bridge.sources.native import (
     NativeModel,
     initialize_native_model,
 )
+from transformer_lens.model_bridge.supported_architectures import NativeArchitectureAdapter
 
+from mechinterp.models.pruned.anatomy import Anatomy
 from mechinterp.models.pruned.bridging import fit
+from mechinterp.models.pruned.reading import fill, is_pruned
+from mechinterp.models.pruned.record import record, recorded
 
 MODEL_TYPE = "transformer_lens_native"
 _ARCHITECTURE = "TransformerLensNative"
@@ -83,5 +87,10 @@ def load_native(
         )
     config = TransformerBridgeConfig.from_dict(stored["fields"])
     module = NativeModel(config)
-    module.load_state_dict(load_file(folder / "model.safetensors"))
+    if is_pruned(stored["fields"]):
+        pruning = recorded(stored["fields"])
+        record(config, pruning)
+        fill(module, Anatomy(module, NativeArchitectureAdapter(config)), pruning, folder)
+    else:
+        module.load_state_dict(load_file(folder / "model.safetensors"))
     return wrap_native(module.to(device=device, dtype=dtype), config, name)

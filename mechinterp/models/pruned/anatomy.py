@@ -141,7 +141,7 @@ class Anatomy:
     def check_heads(self) -> None:
         """Raise a ``ValueError`` where heads of this architecture cannot be taken out."""
         template = self.template.submodules.get("attn")
-        kind = type(template).__mro__[1] if _is_pruned(template) else type(template)
+        kind = getattr(template, "pruned_from", type(template))
         other = [] if template is None else set(template.submodules) - _ATTENTION_PARTS
         alibi = getattr(self.cfg, "positional_embedding_type", "") == "alibi"
         if template is None or kind not in _ATTENTIONS or other or alibi:
@@ -175,10 +175,6 @@ class Anatomy:
                 f"({type(template).__name__}) mixes them or keeps them in one fused "
                 "projection. Ablate them with mi.HookManager instead."
             )
-
-
-def _is_pruned(template: Any) -> bool:
-    return type(template).__name__.startswith("Pruned")
 
 
 def width(module: nn.Module, side: str) -> int:

@@ -41,8 +41,6 @@ class _LayerConfig:
 class _Pruned:
     """What a pruned layer does otherwise than its class of attention."""
 
-    kv_index: Tensor | None = None
-
     def set_original_component(self: Any, component: nn.Module) -> None:
         heads = heads_left(component)
         if heads is not None:
@@ -86,7 +84,7 @@ class HeadlessAttentionBridge(AttentionBridge):
 
 @cache
 def _pruned(kind: type) -> type:
-    return type(f"Pruned{kind.__name__}", (_Pruned, kind), {})
+    return type(f"Pruned{kind.__name__}", (_Pruned, kind), {"pruned_from": kind})
 
 
 def _leave_only_output(bridge: Any) -> None:
