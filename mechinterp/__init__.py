@@ -22,6 +22,7 @@ _HOME = {
     "mechinterp.causal.paths": ["path_patching"],
     "mechinterp.causal.patching_result": ["PatchingResult"],
     "mechinterp.causal.tracing": ["noise_corruption"],
+    "mechinterp.cost": ["Cost", "cost"],
     "mechinterp.engine": [
         "Cell",
         "Plan",

@@ -16,6 +16,8 @@ from mechinterp.causal.patching import patching_cells as patching_cells
 from mechinterp.causal.patching_result import PatchingResult as PatchingResult
 from mechinterp.causal.paths import path_patching as path_patching
 from mechinterp.causal.tracing import noise_corruption as noise_corruption
+from mechinterp.cost import Cost as Cost
+from mechinterp.cost import cost as cost
 from mechinterp.engine import Cell as Cell
 from mechinterp.engine import Plan as Plan
 from mechinterp.engine import SlowPathWarning as SlowPathWarning
@@ -88,6 +90,7 @@ __all__ = [
     "Cell",
     "Composition",
     "Convention",
+    "Cost",
     "DirectAttributionResult",
     "FewPromptsWarning",
     "FewShotResult",
@@ -126,6 +129,7 @@ __all__ = [
     "cell_logits",
     "cell_metrics",
     "composition",
+    "cost",
     "direct_logit_attribution",
     "edits",
     "few_shot",

@@ -7,7 +7,7 @@ returned.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
@@ -20,7 +20,7 @@ from mechinterp.models.pruned.copying import Removal, anatomy_of, pruned_copy
 from mechinterp.record import Data, digest
 from mechinterp.tasks import as_prompts
 
-Units = Iterable[tuple[int, int]] | Mapping[int, Sequence[int]]
+Units = Mapping[int, Sequence[int]] | Iterable[tuple[int, int]]
 Gone = dict[int, list[int]]
 
 
@@ -133,8 +133,11 @@ def _check_arguments(model: TransformerBridge, fold: str, mean_data: Any) -> Non
 def _grouped(units: Units, kind: str, counts: Mapping[int, int]) -> Gone:
     """Return the units by layer, in order; refuse those that do not exist or come twice."""
     if isinstance(units, Mapping):
-        units = [(layer, unit) for layer, listed in units.items() for unit in listed]
-    pairs = [(int(layer), int(unit)) for layer, unit in units]
+        by_layer = cast(Mapping[int, Sequence[int]], units)
+        pairs = [(layer, unit) for layer, listed in by_layer.items() for unit in listed]
+    else:
+        pairs = list(units)
+    pairs = [(int(layer), int(unit)) for layer, unit in pairs]
     if not pairs:
         raise ValueError(f"{kind}s is empty. Name at least one (layer, {kind}) pair.")
     gone: Gone = {}

@@ -104,6 +104,11 @@ class Anatomy:
         parts = template.submodules.items()
         return {part: owner.get_submodule(component.name) for part, component in parts}
 
+    @property
+    def has_mlp(self) -> bool:
+        """Whether the blocks have an MLP."""
+        return "mlp" in self.template.submodules
+
     def n_neurons(self, layer: int) -> int:
         """Return how many neurons a layer's MLP has."""
         return width(self.neurons_of(layer)["out"], "in")

@@ -50,7 +50,7 @@ class _Pruned:
                 self.set_original_component(component)
                 return
             if isinstance(self, JointQKVAttentionBridge):
-                name = self.submodules["qkv"].name
+                name = str(self.submodules["qkv"].name)
                 self.split_qkv_matrix = partial(_split, heads, name)
         super().set_original_component(component)  # pyright: ignore
 
@@ -67,15 +67,23 @@ class HeadlessAttentionBridge(AttentionBridge):
 
     @property
     def W_Q(self) -> Tensor:
-        """The weights of no heads, as ``W_K`` and ``W_V`` are."""
+        """The weights of no heads."""
+        return self._none("d_model", "d_head")
+
+    @property
+    def W_K(self) -> Tensor:
+        """The weights of no heads."""
+        return self._none("d_model", "d_head")
+
+    @property
+    def W_V(self) -> Tensor:
+        """The weights of no heads."""
         return self._none("d_model", "d_head")
 
     @property
     def W_O(self) -> Tensor:
         """The weights of no heads."""
         return self._none("d_head", "d_model")
-
-    W_K = W_V = W_Q
 
     def _none(self, *axes: str) -> Tensor:
         like = next(cast(nn.Module, self.original_component).parameters(), torch.empty(0))

@@ -30,9 +30,8 @@ def parts_of(card: object | Sequence[object]) -> list[str | Figure]:
 def write_card(model: TransformerBridge, parts: Sequence[str | Figure], folder: Path) -> None:
     """Write ``README.md`` and its pictures into an existing folder."""
     name = str(model.cfg.model_name)
-    lines = ["---", _MARK, "tags: [pruned]" if pruning_of(model).steps else "", "---", ""]
-    lines = [line for line in lines[:-1] if line] + [""]
-    lines += [f"# {name}", "", *_account(model)]
+    tags = ["tags: [pruned]"] if pruning_of(model).steps else []
+    lines = ["---", _MARK, *tags, "---", "", f"# {name}", "", *_account(model)]
     pictures = 0
     for part in parts:
         if isinstance(part, str):
@@ -78,7 +77,7 @@ def _account(model: TransformerBridge) -> list[str]:
         return []
     anatomy = Anatomy(unwrap(model), model.adapter)
     first = pruning.steps[0]
-    lines = [
+    return [
         f"Pruned from `{first['model']}` (fingerprint `{first['of']}`) with mechinterp; "
         f"this model's fingerprint is `{fingerprint(model)}`.",
         "",
@@ -93,7 +92,6 @@ def _account(model: TransformerBridge) -> list[str]:
         *_steps(pruning),
         *_layers(pruning, anatomy),
     ]
-    return lines
 
 
 def _steps(pruning: Pruning) -> list[str]:
@@ -123,9 +121,8 @@ def _layers(pruning: Pruning, anatomy: Anatomy) -> list[str]:
         gone = pruning.heads.get(layer, ())
         left = len(anatomy.heads(layer).queries)
         names = ", ".join(map(str, gone)) or "none"
-        has_mlp = "mlp" in anatomy.template.submodules
         lost = len(pruning.neurons.get(layer, ()))
-        neurons = _of(anatomy.n_neurons(layer), lost) if has_mlp else "no MLP"
+        neurons = _of(anatomy.n_neurons(layer), lost) if anatomy.has_mlp else "no MLP"
         lines.append(f"| {layer} | {_of(left, len(gone))} | {names} | {neurons} |")
     return [*lines, "", "Heads are named as in the original model.", ""]
 

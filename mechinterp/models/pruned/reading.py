@@ -56,9 +56,9 @@ def fill(module: nn.Module, anatomy: Anatomy, pruning: Pruning, folder: Path) ->
     state: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         state |= load_file(file)
+    _give_biases(module, anatomy, pruning, state)
     cut_heads(anatomy, pruning.heads)
     cut_neurons(anatomy, pruning.neurons)
-    _give_biases(module, anatomy, pruning, state)
     try:
         found = module.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -66,12 +66,9 @@ def fill(module: nn.Module, anatomy: Anatomy, pruning: Pruning, folder: Path) ->
             f"{folder}: the weights do not fit the heads that its config.json "
             f"says were pruned. {error}"
         ) from error
-    filled = {id(module.get_parameter(key)) for key in state if _is_parameter(module, key)}
-    empty = [
-        key
-        for key in found.missing_keys
-        if not _is_parameter(module, key) or id(module.get_parameter(key)) not in filled
-    ]
+    own = dict(module.named_parameters(remove_duplicate=False))
+    filled = {id(own[key]) for key in state.keys() & own.keys()}
+    empty = [key for key in found.missing_keys if id(own.get(key)) not in filled]
     if wrong := [*empty, *found.unexpected_keys]:
         raise ValueError(
             f"{folder} does not hold the weights of the pruned model that its config.json "
@@ -89,8 +86,3 @@ def _give_biases(
     for projection in outputs:
         if f"{names[id(projection)]}.bias" in state:
             give_bias(projection)
-
-
-def _is_parameter(module: nn.Module, key: str) -> bool:
-    owner, _, name = key.rpartition(".")
-    return name in module.get_submodule(owner)._parameters

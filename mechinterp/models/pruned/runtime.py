@@ -69,7 +69,8 @@ class _Indexed:
 class _Repeats(Tensor):
     """How often each key/value head is repeated; "more than once" for a native attention."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    # What is computed from it is a plain tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
     def __gt__(self, other: object) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True

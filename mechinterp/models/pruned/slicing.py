@@ -51,14 +51,8 @@ def give_bias(projection: nn.Module) -> None:
     """Give a projection that has no bias one of zeros."""
     if projection.bias is None:
         weight = cast(nn.Parameter, projection.weight)
-        size = (
-            projection.out_features
-            if isinstance(projection, Empty)
-            else weight.shape[axis(projection, "out")]
-        )
-        projection.bias = nn.Parameter(
-            torch.zeros(cast(int, size), dtype=weight.dtype, device=weight.device)
-        )
+        zeros = weight.new_zeros(weight.shape[axis(projection, "out")])
+        projection.bias = nn.Parameter(zeros.detach())
 
 
 @torch.no_grad()
