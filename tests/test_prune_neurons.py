@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformer_lens.model_bridge.sources import boot_native
-from zoo import N_CTX, NAMES, zoo
+from zoo import N_CTX, zoo
 from zoo import tokens as random_tokens
 
 import mechinterp as mi
@@ -22,11 +22,11 @@ FOLDS: dict[str, dict[str, Any]] = {
     "zero": {},
     "mean": {"fold": "mean", "mean_data": MEAN_DATA},
 }
-WITH_MLP = [name for name in NAMES if name != "native_attn"]
+WITH_MLP = ["gpt2", "neox", "llama", "gemma2", "opt", "falcon", "bert", "native"]
 
 
 @pytest.mark.parametrize("name", WITH_MLP)
-@settings(max_examples=1, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=2, suppress_health_check=[HealthCheck.too_slow])
 @given(
     neurons=st.dictionaries(
         st.integers(0, 2),
