@@ -31,6 +31,7 @@ _HOME = {
     "mechinterp.causal.self_repair": ["self_repair"],
     "mechinterp.causal.self_repair_result": ["SelfRepair"],
     "mechinterp.causal.tracing": ["noise_corruption"],
+    "mechinterp.cost": ["Cost", "cost"],
     "mechinterp.engine": [
         "Cell",
         "Plan",
@@ -50,6 +51,7 @@ _HOME = {
     "mechinterp.heads.knockout": ["KnockOut"],
     "mechinterp.heads.redundancy": ["redundancy_atlas"],
     "mechinterp.heads.redundancy_result": ["RedundancyAtlas"],
+    "mechinterp.heads.pruning": ["prune_heads", "prune_neurons"],
     "mechinterp.heads.scores": ["head_scores"],
     "mechinterp.heads.scores_result": ["HeadScores"],
     "mechinterp.hooks": ["HookManager", "HookNotFiredError"],
@@ -69,6 +71,7 @@ _HOME = {
         "verify",
     ],
     "mechinterp.models.known": ["KnownModel", "known_model"],
+    "mechinterp.models.pruned.record": ["Pruning", "pruning_of"],
     "mechinterp.inference": ["FewPromptsWarning"],
     "mechinterp.nulls": ["random_heads"],
     "mechinterp.results": ["Convention", "Result", "load_result"],

@@ -23,6 +23,8 @@ from mechinterp.causal.paths import path_patching as path_patching
 from mechinterp.causal.self_repair import self_repair as self_repair
 from mechinterp.causal.self_repair_result import SelfRepair as SelfRepair
 from mechinterp.causal.tracing import noise_corruption as noise_corruption
+from mechinterp.cost import Cost as Cost
+from mechinterp.cost import cost as cost
 from mechinterp.engine import Cell as Cell
 from mechinterp.engine import Plan as Plan
 from mechinterp.engine import SlowPathWarning as SlowPathWarning
@@ -45,6 +47,8 @@ from mechinterp.heads.icl_result import IclResult as IclResult
 from mechinterp.heads.importance import head_importance as head_importance
 from mechinterp.heads.importance_result import HeadImportance as HeadImportance
 from mechinterp.heads.knockout import KnockOut as KnockOut
+from mechinterp.heads.pruning import prune_heads as prune_heads
+from mechinterp.heads.pruning import prune_neurons as prune_neurons
 from mechinterp.heads.pruning_curve import pruning_curve as pruning_curve
 from mechinterp.heads.pruning_curve import pruning_plan as pruning_plan
 from mechinterp.heads.pruning_curve_result import PruningCurve as PruningCurve
@@ -74,6 +78,8 @@ from mechinterp.models import unwrap as unwrap
 from mechinterp.models import verify as verify
 from mechinterp.models.known import KnownModel as KnownModel
 from mechinterp.models.known import known_model as known_model
+from mechinterp.models.pruned.record import Pruning as Pruning
+from mechinterp.models.pruned.record import pruning_of as pruning_of
 from mechinterp.nulls import random_heads as random_heads
 from mechinterp.results import Convention as Convention
 from mechinterp.results import Result as Result
@@ -99,6 +105,7 @@ __all__ = [
     "Cell",
     "Composition",
     "Convention",
+    "Cost",
     "DirectAttributionResult",
     "FewPromptsWarning",
     "FewShotResult",
@@ -121,6 +128,7 @@ __all__ = [
     "PatchingResult",
     "Plan",
     "Prompts",
+    "Pruning",
     "PruningCurve",
     "RedundancyAtlas",
     "Result",
@@ -140,6 +148,7 @@ __all__ = [
     "cell_logits",
     "cell_metrics",
     "composition",
+    "cost",
     "direct_logit_attribution",
     "edits",
     "few_shot",
@@ -164,7 +173,10 @@ __all__ = [
     "patching_cells",
     "path_patching",
     "plan",
+    "prune_heads",
+    "prune_neurons",
     "pruning_curve",
+    "pruning_of",
     "pruning_plan",
     "random_heads",
     "random_init",

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+from mechinterp.models.pruned.anatomy import heads_left
 from mechinterp.names import unknown
 
 RESID = ("batch", "pos", "d_model")
@@ -136,6 +137,8 @@ def locate(model: TransformerBridge, site: str, layer: int | None = None) -> Pla
         return Place(site, layer, prefix + "mlp.out.hook_in")
     if "attn" not in block.submodules:
         raise MissingSiteError(f"{site} does not exist: layer {layer} has no attention.")
+    if head_axis(site) is not None and _has_no_heads(block.attn):
+        raise MissingSiteError(f"{site} does not exist: layer {layer} has no heads left.")
     if site == "resid_mid":
         return _resid_mid(block, layer)
     if site == "attn_out":
@@ -271,6 +274,8 @@ def n_heads(model: TransformerBridge, site: str, layer: int) -> int:
     Read off the layer's own weights, since layers of pruned and hybrid models differ.
     """
     attn, cfg = model.blocks[layer].attn, model.cfg
+    if _has_no_heads(attn):
+        return 0
     projection = attn.k if head_axis(site) == "kv_head" else attn.o
     weight = getattr(projection, "weight", None)
     if not isinstance(weight, torch.Tensor):
@@ -279,6 +284,25 @@ def n_heads(model: TransformerBridge, site: str, layer: int) -> int:
             f"({type(attn).__name__}) has no projection to count them by."
         )
     return weight.numel() // (cfg.d_model * cfg.d_head)
+
+
+def key_heads(model: TransformerBridge, layer: int) -> list[int]:
+    """Return for each query head of ``layer`` the key/value head that it reads."""
+    pruned = heads_left(model.blocks[layer].attn.original_component)
+    if pruned is not None:
+        return list(pruned.reads)
+    queries, keys = n_heads(model, "q", layer), n_heads(model, "k", layer)
+    return [head // (queries // keys) for head in range(queries)]
+
+
+def is_headless(model: TransformerBridge, layer: int) -> bool:
+    """Return whether all heads of the layer were pruned, so that its bias alone is left."""
+    return _has_no_heads(getattr(model.blocks[layer], "attn", None))
+
+
+def _has_no_heads(attn: Any) -> bool:
+    pruned = heads_left(getattr(attn, "original_component", None))
+    return pruned is not None and not pruned.queries
 
 
 def n_neurons(model: TransformerBridge, layer: int | None) -> int:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from mechinterp.sites import is_post_norm
+from mechinterp.sites import is_post_norm, key_heads
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ def head_weights(
     weights = {}
     for name in ("W_Q", "W_K", "W_V"):
         weight = getattr(attention, name).detach()
-        weights[name] = weight.repeat_interleave(len(W_O) // len(weight), dim=0)
+        weights[name] = weight if name == "W_Q" else weight[key_heads(model, layer)]
     norm: Any = getattr(model.blocks[layer], "ln1", None)
     if fold_norm and norm is not None and not is_post_norm(model.blocks[layer]):
         gain = norm_matrix(norm, W_O.shape[-1]).to(W_O)

@@ -193,7 +193,10 @@ def check_method(
     assert mi.load_result(path).equals(result), "load_result gave another value"
     _draws_and_tabulates(result)
     if method.idle is not None:
-        assert bool((call(method.idle(model)).effect == 0).all()), "an idle edit had an effect"
+        effect = call(method.idle(model)).effect
+        if mi.pruning_of(model).heads:  # where a layer lacks a head that another has
+            effect = effect.fillna(0)
+        assert bool((effect == 0).all()), "an idle edit had an effect"
 
 
 def _takes_model_then_data(function: Callable[..., Result]) -> None:

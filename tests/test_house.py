@@ -16,7 +16,7 @@ FLOORS = [
     ["_version", "_cache", "_files", "_progress", "names", "draws"],
     ["results", "inference", "stats", "metrics", "plotting", "drawing"],
     ["models"],
-    ["sites", "nulls", "weights"],
+    ["sites", "nulls", "weights", "cost"],
     ["tasks.positions", "tasks.prompts"],
     ["activations"],
     ["edits"],

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from einops import reduce
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from mechinterp.activations import Key
 from mechinterp.causal.nodes import Graph, Nodes, Spots, change, gathered, placed, products
 from mechinterp.causal.softmax_change import change_of_each_key, change_of_keys, softmax_of
 from mechinterp.hooks.observing import Attached
-from mechinterp.sites import n_heads, site_layers
+from mechinterp.sites import key_heads, n_heads, site_layers
 
 Scores = Float[Tensor, "step prompt unit"]
 Scorer = Callable[[Key, Tensor], Scores]
@@ -288,8 +287,10 @@ def _softmaxed(
             ]
         )
     assert key[1] is not None
-    group = own.shape[1] // n_heads(nodes.manager.model, "k", key[1])
-    return reduce(found, "step prompt (unit group) -> step prompt unit", "sum", group=group)
+    model = nodes.manager.model
+    read = torch.tensor(key_heads(model, key[1]), device=found.device)
+    each = found.new_zeros(*found.shape[:2], n_heads(model, "k", key[1]))
+    return each.index_add(2, read, found)
 
 
 def _keys_of_steps(spots: Spots, width: int) -> Iterator[Bool[Tensor, "prompt pos"]]:

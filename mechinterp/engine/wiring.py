@@ -174,7 +174,11 @@ class Wiring:
         block = self.blocks[layer]
         if self.native[layer]:
             with _causality_left_to_the_mask(block), _NativeKeys(keys):
-                return _hidden_of(_call(block, hidden, args, kwargs))
+                out = _hidden_of(_call(block, hidden, args, kwargs))
+            if keys.own is None:  # all of its heads were pruned
+                nothing = hidden.new_zeros(*hidden.shape[:-1], 1)[:, None]
+                keys.update(nothing, nothing)
+            return out
         args, kwargs = _with_cache(block, args, kwargs, keys)
         return _hidden_of(_call(block, hidden, args, kwargs))
 

@@ -13,7 +13,7 @@ from mechinterp.heads.knockout import knock_out
 from mechinterp.heads.scores import head_scores
 from mechinterp.heads.scores_result import HeadScores
 from mechinterp.nulls import Head
-from mechinterp.sites import n_heads
+from mechinterp.sites import key_heads, n_heads
 from mechinterp.tasks import Text, repeated_tokens
 
 _KINDS = ("induction", "previous_token", "copying", "ov_copying", "anti_induction")
@@ -109,5 +109,4 @@ def _candidates(model: TransformerBridge, scores: HeadScores, k: int) -> list[He
 
 def _key_of(model: TransformerBridge, layer: int, head: int) -> str:
     """Return the node of the keys that a query head uses."""
-    group = n_heads(model, "z", layer) // n_heads(model, "k", layer)
-    return f"{layer}.{head // group}.k"
+    return f"{layer}.{key_heads(model, layer)[head]}.k"

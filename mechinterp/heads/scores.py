@@ -221,7 +221,7 @@ def _error(values: np.ndarray) -> Float[np.ndarray, "layer head"]:
     return (known.std(0, ddof=1) / np.sqrt(n)).filled(0.0)
 
 
-def _padded(layers: Sequence[Float[Tensor, " head"]]) -> Float[np.ndarray, "layer head"]:
+def _padded(layers: Sequence[Float[Tensor, " _"]]) -> Float[np.ndarray, "layer head"]:
     found = np.full((len(layers), max(map(len, layers))), np.nan)
     for row, own in zip(found, layers, strict=True):
         row[: len(own)] = own.cpu().numpy()

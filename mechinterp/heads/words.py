@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp.heads.copying import unembedding_of
 from mechinterp.hooks import HookManager
-from mechinterp.sites import is_post_norm
+from mechinterp.sites import is_post_norm, key_heads
 from mechinterp.tasks import Prompts, load_task
 from mechinterp.tasks.answers import single_tokens
 from mechinterp.tasks.prompts import as_prompts
@@ -129,7 +129,7 @@ def head_logits(
         read = words if is_post_norm(block) else _normed(block, "ln1", words)
         value = einsum(read, weights.W_V, "word m, head m d -> head word d")
         if (b_V := getattr(block.attn, "b_V", None)) is not None:
-            value = value + b_V.repeat_interleave(len(value) // len(b_V), 0)[:, None]
+            value = value + b_V[key_heads(model, layer)][:, None]
         written = _normed(block, "ln1_post", value @ weights.W_O)
         ends = _normed(model, "ln_final", sign * written)
         yield ends @ W_U if b_U is None else ends @ W_U + b_U

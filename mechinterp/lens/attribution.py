@@ -26,7 +26,7 @@ from mechinterp.lens.attribution_result import DirectAttributionResult, labelled
 from mechinterp.lens.states import Batch, batches, budget_of
 from mechinterp.models import fingerprint
 from mechinterp.record import convention_of
-from mechinterp.sites import is_post_norm, site_layers
+from mechinterp.sites import is_headless, is_post_norm, site_layers
 from mechinterp.tasks import Task, as_data, as_prompts
 
 
@@ -198,8 +198,10 @@ def _shares(
     else:  # what is not added multiplies (Gemma), or there is none
         found[Component("embed")] = _dot(entering, aim)
     for layer in range(len(model.blocks)):
-        if ("z", layer) in batch.seen:
-            z = batch.seen["z", layer]
+        z = batch.seen.get(("z", layer))
+        if is_headless(model, layer):
+            z = batch.last.new_zeros(len(batch.last), 0, model.cfg.d_head)
+        if z is not None:
             heads, bias = attention_shares(model, layer, z, aim)
             for head, share in enumerate(heads.unbind(1)):
                 found[Component("head", layer, head)] = share

@@ -5,6 +5,7 @@
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from transformer_lens.model_bridge.sources.native import (
     NativeModel,
     initialize_native_model,
 )
+from transformer_lens.model_bridge.supported_architectures import NativeArchitectureAdapter
+
+from mechinterp.models.pruned.anatomy import Anatomy
+from mechinterp.models.pruned.bridging import fit
+from mechinterp.models.pruned.reading import fill, is_pruned
+from mechinterp.models.pruned.record import record, recorded
 
 MODEL_TYPE = "transformer_lens_native"
 _ARCHITECTURE = "TransformerLensNative"
@@ -56,7 +63,13 @@ def initialise_native(module: nn.Module, config: Any, seed: int) -> None:
 
 def wrap_native(module: nn.Module, config: Any, name: str) -> TransformerBridge:
     """Return a bridge around a plain native module."""
-    return build_bridge_from_module(module, _ARCHITECTURE, tl_config=config, model_name=name)
+    return build_bridge_from_module(
+        module,
+        _ARCHITECTURE,
+        tl_config=config,
+        model_name=name,
+        post_adapter_hook=partial(fit, module),
+    )
 
 
 def load_native(
@@ -74,5 +87,10 @@ def load_native(
         )
     config = TransformerBridgeConfig.from_dict(stored["fields"])
     module = NativeModel(config)
-    module.load_state_dict(load_file(folder / "model.safetensors"))
+    if is_pruned(stored["fields"]):
+        pruning = recorded(stored["fields"])
+        record(config, pruning)
+        fill(module, Anatomy(module, NativeArchitectureAdapter(config)), pruning, folder)
+    else:
+        module.load_state_dict(load_file(folder / "model.safetensors"))
     return wrap_native(module.to(device=device, dtype=dtype), config, name)

@@ -19,6 +19,7 @@ from transformers import (
 
 from mechinterp.models.gguf import read_gguf
 from mechinterp.models.native import MODEL_TYPE, load_native
+from mechinterp.models.pruned.reading import is_pruned, read_pruned
 from mechinterp.models.quiet import quiet
 from mechinterp.models.wrap import attach_tokenizer, check_supported, wrap
 
@@ -99,6 +100,8 @@ def _read(where: str | Path, how: Reading) -> PreTrainedModel:
             "the model has. Load it with the right transformers class and pass that module."
         )
     check_supported(config, architecture)
+    if is_pruned(config):
+        return _read_pruned(where, config, architecture, how)
     # Code from the hub is reached through the automatic class only.
     kind: Any = getattr(transformers, architecture, AutoModelForCausalLM)
     with quiet():
@@ -119,6 +122,20 @@ def _read(where: str | Path, how: Reading) -> PreTrainedModel:
             "architecture."
         )
     return _placed(module, how)
+
+
+def _read_pruned(
+    where: str | Path, config: Any, architecture: str, how: Reading
+) -> PreTrainedModel:
+    if not Path(where).is_dir():
+        raise ValueError(
+            f"{where!r} is a pruned model, which is read from a folder. Run "
+            f"`hf download {where} --local-dir ...` and pass that folder."
+        )
+    if how.device_map is not None:
+        raise ValueError("device_map does not apply to a pruned model. Pass device instead.")
+    with quiet():
+        return _placed(read_pruned(Path(where), config, architecture, how.dtype), how)
 
 
 def _placed(module: PreTrainedModel, how: Reading) -> PreTrainedModel:

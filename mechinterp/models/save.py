@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from mechinterp.models.native import save_native
 from mechinterp.models.plain import unwrap
+from mechinterp.models.pruned.card import card_files, parts_of, write_card
+from mechinterp.models.pruned.record import pruning_of
 from mechinterp.models.quiet import quiet
 from mechinterp.models.run import tokenizer_of
 
@@ -30,28 +32,47 @@ _MODEL_FILES = (
 )
 
 
-def save_model(model: TransformerBridge, folder: str | Path) -> Path:
+def save_model(
+    model: TransformerBridge, folder: str | Path, *, card: object | Sequence[object] = ()
+) -> Path:
     """Save weights (safetensors), configuration and tokenizer; `load_model` reads them back.
 
-    A Hugging Face model becomes a normal folder that ``transformers`` reads as well. The
-    folder is written beside its final place and then renamed, so a model that was there
+    A Hugging Face model becomes a normal folder that ``transformers`` reads as well, unless
+    it was pruned: layers of different shapes are what ``transformers`` cannot read and
+    `load_model` can. A pruned model's folder has a model card, ``README.md``, that says what
+    was pruned from what; the record itself is in ``config.json`` (``pruned_heads``,
+    ``pruned_neurons``, ``pruning_steps``).
+
+    The folder is written beside its final place and then renamed, so a model that was there
     before stays whole if anything fails. Returns the folder.
 
+    Args:
+        model: The model.
+        folder: Where to; a model that is there is replaced.
+        card: What else the model card shows, one thing or several in order: Markdown text,
+            a result (its picture), or a matplotlib figure or axes. A pruning curve, say.
+
     Raises:
+        TypeError: The card has something that is neither a text nor a picture.
         ValueError: The folder holds other files than a model's, or the model cannot be
             unwrapped (see `unwrap`).
     """
     folder = Path(folder).expanduser().resolve()
+    shown = parts_of(card)
     _check_replaceable(folder)
     module, tokenizer = unwrap(model), tokenizer_of(model)
+    pruning = pruning_of(model)
     with _folder_beside(folder) as part:
         if isinstance(module, PreTrainedModel):
             with quiet():
-                module.save_pretrained(part)
+                # A pruned model is read by its own names, not by those of older versions.
+                module.save_pretrained(part, save_original_format=not pruning.steps)
         else:
             save_native(model, module, part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
+        if pruning.steps or shown:
+            write_card(model, shown, part)
         _check_saved(part)
     return folder
 
@@ -62,6 +83,7 @@ def _check_replaceable(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file. Give the name of a folder.")
     known = {path for pattern in _MODEL_FILES for path in folder.glob(pattern)}
+    known |= set(card_files(folder))
     others = sorted(path.name for path in folder.iterdir() if path not in known)
     if others:
         raise ValueError(

@@ -1,6 +1,7 @@
 """From a Hugging Face module to a bridge with the same numbers."""
 
 from difflib import get_close_matches
+from functools import partial
 
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
@@ -13,6 +14,7 @@ from transformer_lens.utilities.architectures import classify_architecture
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mechinterp.models.adapters import register_adapters
+from mechinterp.models.pruned.bridging import fit
 
 
 def wrap(
@@ -42,6 +44,7 @@ def wrap(
         architecture,
         hf_config=module.config,
         model_name=name or module.config._name_or_path or architecture,
+        post_adapter_hook=partial(fit, module),
     )
     if tokenizer is not None:
         attach_tokenizer(bridge, tokenizer)

@@ -1,0 +1,1 @@
+"""Models whose layers have fewer heads or neurons than their architecture says."""
