@@ -44,6 +44,7 @@ _HOME = {
     "mechinterp.heads.composition": ["Composition", "composition"],
     "mechinterp.heads.dossier": ["induction_dossier"],
     "mechinterp.heads.dossier_account": ["InductionDossier"],
+    "mechinterp.heads.healing": ["Healed", "HealingCurve", "heal"],
     "mechinterp.heads.importance": ["head_importance"],
     "mechinterp.heads.importance_result": ["HeadImportance"],
     "mechinterp.heads.pruning_curve": ["pruning_curve", "pruning_plan"],

@@ -42,6 +42,9 @@ from mechinterp.heads.function_vector import FunctionVector as FunctionVector
 from mechinterp.heads.function_vector import IndirectEffects as IndirectEffects
 from mechinterp.heads.function_vector_effect import FunctionVectorEffect as FunctionVectorEffect
 from mechinterp.heads.function_vectors import function_vector as function_vector
+from mechinterp.heads.healing import Healed as Healed
+from mechinterp.heads.healing import HealingCurve as HealingCurve
+from mechinterp.heads.healing import heal as heal
 from mechinterp.heads.icl import icl_score as icl_score
 from mechinterp.heads.icl_result import IclResult as IclResult
 from mechinterp.heads.importance import head_importance as head_importance
@@ -113,6 +116,8 @@ __all__ = [
     "FunctionVectorEffect",
     "HeadImportance",
     "HeadScores",
+    "Healed",
+    "HealingCurve",
     "HookManager",
     "HookNotFiredError",
     "IclResult",
@@ -157,6 +162,7 @@ __all__ = [
     "head_ablation",
     "head_importance",
     "head_scores",
+    "heal",
     "icl_score",
     "induction_dossier",
     "known_model",

@@ -41,16 +41,17 @@ class Cost:
     key_value_heads: tuple[int, ...]
 
 
-def cost(model: TransformerBridge, *, context: int = 1024) -> Cost:
+def cost(model: TransformerBridge, *, context: int | None = None) -> Cost:
     """Return what a model costs by formula, read off its own weights.
 
     Args:
         model: The model, pruned or not.
-        context: How many tokens attention looks at.
+        context: How many tokens attention looks at. Default: 1,024, or as many as fit.
 
     Raises:
         ValueError: ``context`` is not positive, or longer than the model's.
     """
+    context = min(1024, model.cfg.n_ctx) if context is None else context
     if not 1 <= context <= model.cfg.n_ctx:
         raise ValueError(
             f"context={context} is no length for this model. Pass 1..{model.cfg.n_ctx}."

@@ -18,6 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from zoo import tokenizer, tokens
 
 import mechinterp as mi
+from mechinterp.causal.parts import every_part
 from mechinterp.models import forward
 from mechinterp.results import Convention, Result
 
@@ -89,6 +90,11 @@ def pairs(model: TransformerBridge) -> mi.Pairs:
     return mi.Pairs("capitals", tuple(rows))
 
 
+def heads(model: TransformerBridge) -> list[tuple[int, int]]:
+    """The heads that the model has; a pruned one has gaps."""
+    return [part.pair for part in every_part(model, "z")]
+
+
 METHODS: dict[str, Method] = {
     "activation_patching": Method(
         data=pair,
@@ -121,7 +127,10 @@ METHODS: dict[str, Method] = {
     "pruning_curve": Method(
         data=text, arguments={"method": ["gradient", "random"], "steps": 3, "draws": 2}
     ),
-    "self_repair": Method(data=pair, arguments={"heads": [(0, 1), [(1, 2), (1, 3)]]}),
+    "self_repair": Method(
+        data=pair,
+        arguments=lambda model, _: {"heads": [heads(model)[0], heads(model)[-2:]]},
+    ),
     "audit": Method(
         data=pair,
         bad=failing_pair,

@@ -17,6 +17,7 @@ from mechinterp.cli import causal as causal
 from mechinterp.cli import heads as heads
 from mechinterp.cli import icl as icl
 from mechinterp.cli import lens as lens
+from mechinterp.cli import pruning as pruning
 from mechinterp.cli.shared import app
 
 

@@ -95,9 +95,9 @@ def train_gates(
     measured, run = objective(model, data, {"loss": METRICS["loss"]}), run_of(data, "clean")
     marks = {round(i * steps / keep) for i in range(keep + 1)} | {steps}
     history = {0: _open(log_odds)}
-    last, batches = [], _batches(len(data), batch_size, generator)
+    last, chosen = [], batches(len(data), batch_size, generator)
     for step in progress(range(1, steps + 1), steps, "training gates"):
-        index = next(batches)
+        index = next(chosen)
         prompts = run.prompts[index]
         noise = {k: torch.rand(len(v), generator=generator) for k, v in log_odds.items()}
         with torch.enable_grad():
@@ -128,7 +128,7 @@ def _put(gates: Mapping[int, Tensor]) -> Attached:
     return [(("z", layer), partial(scale, gate)) for layer, gate in gates.items()]
 
 
-def _batches(n: int, size: int, generator: torch.Generator):
+def batches(n: int, size: int, generator: torch.Generator):
     """Yield prompts' numbers without end, each round through all of them in a new order."""
     waiting: list[int] = []
     while True:

@@ -38,9 +38,28 @@ def anatomy_of(model: TransformerBridge) -> Anatomy:
     return Anatomy(unwrap(model), model.adapter)
 
 
+def copied(model: TransformerBridge) -> tuple[nn.Module, Any]:
+    """Return a copy of the plain module of a bridge, and of its configuration."""
+    return copy.deepcopy(unwrap(model)), copy.deepcopy(model.cfg)
+
+
+def wrapped_like(
+    model: TransformerBridge, module: nn.Module, cfg: Any, name: str | None = None
+) -> TransformerBridge:
+    """Return a bridge around a plain module that was copied from the model's own."""
+    tokenizer = copy.deepcopy(tokenizer_of(model))
+    name = str(model.cfg.model_name) if name is None else name
+    if isinstance(module, PreTrainedModel):
+        return wrap(module, tokenizer, name)
+    bridge = wrap_native(module, cfg, name).eval()
+    if tokenizer is not None:
+        attach_tokenizer(bridge, tokenizer)
+    return bridge
+
+
 def pruned_copy(model: TransformerBridge, removal: Removal) -> TransformerBridge:
     """Return a copy of the model without some of its heads or neurons; it shares nothing."""
-    module, cfg = copy.deepcopy(unwrap(model)), copy.deepcopy(model.cfg)
+    module, cfg = copied(model)
     anatomy = Anatomy(module, model.adapter)
     for layer, values in removal.means.items():
         out = _output(anatomy, removal.kind, layer)
@@ -50,15 +69,8 @@ def pruned_copy(model: TransformerBridge, removal: Removal) -> TransformerBridge
     gone = {layer: tuple(units) for layer, units in removal.gone.items()}
     pruning = pruning_of(model).after(removal.kind, gone, removal.step)
     record(config_of(module, cfg), pruning)
-    tokenizer = copy.deepcopy(tokenizer_of(model))
-    name = str(model.cfg.model_name)
-    name = name if name.endswith(", pruned") else f"{name}, pruned"
-    if isinstance(module, PreTrainedModel):
-        return wrap(module, tokenizer, name)
-    bridge = wrap_native(module, cfg, name).eval()
-    if tokenizer is not None:
-        attach_tokenizer(bridge, tokenizer)
-    return bridge
+    name = str(model.cfg.model_name).removesuffix(", pruned")
+    return wrapped_like(model, module, cfg, f"{name}, pruned")
 
 
 def _output(anatomy: Anatomy, kind: str, layer: int) -> nn.Module:
