@@ -11,7 +11,6 @@ does, and is not measured here. Prints a table, and writes JSON with ``--out``.
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -143,13 +142,20 @@ def peak_of(model: Any, asked: argparse.Namespace) -> int:
 
 def peak_memory(asked: argparse.Namespace) -> int:
     """Load the model, run it once, and return the most memory it took beside the libraries."""
-    before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here (Linux)
     model = mi.load_model(asked.peak_of)
     tokens = prompt(model, asked)
     one_run(mi.unwrap(model), tokens, asked.new)
     if tokens.is_cuda:
         return int(torch.cuda.max_memory_allocated())
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    """Return the memory that this process has (``VmRSS``) or had at most (``VmHWM``)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])
 
 
 def show(found: dict[str, Any]) -> None:
