@@ -29,7 +29,7 @@ from mechinterp.sites import n_heads
 
 def main() -> None:
     """Measure, print and store."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--heads", type=float, default=0.5, help="share of heads to remove")
     parser.add_argument("--batch", type=int, default=1)
@@ -43,7 +43,8 @@ def main() -> None:
     if asked.peak_of is not None:
         print(peak_memory(asked))
         return
-    models = dict(zip(("whole", "pruned"), both(asked), strict=True))
+    whole, pruned = both(asked)
+    models: dict[str, Any] = {"whole": whole, "pruned": pruned}
     found = {
         "machine": {"processor": platform.processor(), "threads": torch.get_num_threads()},
         "versions": {"torch": torch.__version__, "mechinterp": mi.__version__},
