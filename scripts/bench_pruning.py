@@ -11,7 +11,6 @@ does, and is not measured here. Prints a table, and writes JSON with ``--out``.
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from mechinterp.sites import n_heads
 
 def main() -> None:
     """Measure, print and store."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--heads", type=float, default=0.5, help="share of heads to remove")
     parser.add_argument("--batch", type=int, default=1)
@@ -44,7 +43,8 @@ def main() -> None:
     if asked.peak_of is not None:
         print(peak_memory(asked))
         return
-    models = dict(zip(("whole", "pruned"), both(asked), strict=True))
+    whole, pruned = both(asked)
+    models: dict[str, Any] = {"whole": whole, "pruned": pruned}
     found = {
         "machine": {"processor": platform.processor(), "threads": torch.get_num_threads()},
         "versions": {"torch": torch.__version__, "mechinterp": mi.__version__},
@@ -143,13 +143,20 @@ def peak_of(model: Any, asked: argparse.Namespace) -> int:
 
 def peak_memory(asked: argparse.Namespace) -> int:
     """Load the model, run it once, and return the most memory it took beside the libraries."""
-    before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here (Linux)
     model = mi.load_model(asked.peak_of)
     tokens = prompt(model, asked)
     one_run(mi.unwrap(model), tokens, asked.new)
     if tokens.is_cuda:
         return int(torch.cuda.max_memory_allocated())
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    """Return the memory that this process has (``VmRSS``) or had at most (``VmHWM``)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])
 
 
 def show(found: dict[str, Any]) -> None:

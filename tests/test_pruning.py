@@ -117,6 +117,15 @@ def test_generation_with_the_cache_gives_the_tokens_that_it_gives_without(name, 
         assert torch.equal(out, cached)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
+def test_a_first_layer_without_heads_still_says_how_long_the_sequence_is(name):
+    plain: Any = mi.unwrap(pruned(name, tuple(HEADLESS)))
+    past = plain(TOKENS[:, :-2], use_cache=True).past_key_values
+    assert past.get_seq_length() == TOKENS.shape[1] - 2
+    continued = plain(TOKENS[:, -2:], past_key_values=past).logits
+    assert_same_logits(continued, plain(TOKENS).logits[:, -2:])
+
+
 def test_the_cache_holds_every_key_value_head_once():
     plain: Any = mi.unwrap(pruned("llama", (*UNEQUAL, (1, 0), (1, 1))))
     cache_ = plain(TOKENS, use_cache=True).past_key_values

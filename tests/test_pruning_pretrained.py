@@ -10,6 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import mechinterp as mi
 from mechinterp._cache import fetched
 from mechinterp.models import forward
+from mechinterp.tasks.prompts import as_prompts
 
 TEXTS = ["The old man walked down to the river.", "She said that it was late, and went home."]
 
@@ -18,7 +19,8 @@ def assert_equal_and_generating(
     model: TransformerBridge, heads: list[tuple[int, int]], folder: Path
 ) -> None:
     smaller = mi.prune_heads(model, heads, fold="mean", mean_data=TEXTS)
-    tokens = torch.arange(10, 34).reshape(2, 12)
+    prompts = as_prompts(model, ["The capital of France is Paris, and the capital of Italy is"])
+    tokens = prompts.tokens
     manager = mi.HookManager(model)
     means = manager.mean(TEXTS, "z")
     edits = [mi.edits.Mean("z", means, layers=layer, heads=head) for layer, head in heads]
@@ -29,7 +31,7 @@ def assert_equal_and_generating(
     assert float((ours - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
     outs = [
         smaller.generate(
-            tokens[:1],
+            tokens,
             max_new_tokens=8,
             do_sample=False,
             use_past_kv_cache=kept,
@@ -38,8 +40,9 @@ def assert_equal_and_generating(
         )
         for kept in (True, False)
     ]
-    assert isinstance(outs[0], Tensor) and isinstance(outs[1], Tensor)
-    assert torch.equal(*outs)
+    cached, unaided = outs
+    assert isinstance(cached, Tensor) and isinstance(unaided, Tensor)
+    assert torch.equal(cached, unaided)
     again = mi.load_model(mi.save_model(smaller, folder), device="cpu")
     assert torch.equal(forward(again, tokens), forward(smaller, tokens))
     assert mi.fingerprint(again) == mi.fingerprint(smaller)
