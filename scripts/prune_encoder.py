@@ -31,7 +31,7 @@ CLASSES = ("negative", "positive")
 
 def main() -> None:
     """Fine-tune, rank, judge, cut, measure; print and store."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--train", type=int, default=4000)
