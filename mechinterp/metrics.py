@@ -119,9 +119,17 @@ def kl(logits: Float[Tensor, "prompt d_vocab"], targets: Targets) -> Float[Tenso
 
 
 def rank(logits: Float[Tensor, "prompt d_vocab"], targets: Targets) -> Float[Tensor, " prompt"]:
-    """Return how many tokens have a larger logit than the best answer: 0 is the top."""
-    best = _best_logit(logits, targets.answers)
-    return (_precise(logits) > best[:, None]).sum(-1).to(best.dtype)
+    """Return how many tokens have a larger logit than the best answer: 0 is the top.
+
+    Half of the tokens that are as high count too, as if ties were broken by chance; other
+    answers never do.
+    """
+    best = _best_logit(logits, targets.answers)[:, None]
+    whole = _precise(logits)
+    ids, present = _ids(logits, targets.answers)
+    tied_answers = (whole.gather(1, ids) == best) & present
+    level = (whole == best).sum(-1) - tied_answers.sum(-1)
+    return (whole > best).sum(-1).to(best.dtype) + 0.5 * level.to(best.dtype)
 
 
 def accuracy(

@@ -265,3 +265,68 @@ def test_an_audit_brings_back_the_heads_that_saturation_hides(variant):
     audited = mi.audit(model.model, task, estimate, k=3)
     top = {(row["layer"], row["head"]) for row in audited.top(3).to_dict("records")}
     assert top == set(model.heads)
+
+
+# ------------------------------------------------------------ scores, read-outs, ablation
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_prefix_matching_cannot_tell_a_decoy_that_copies_nothing_but_copying_can(variant):
+    model = known("induction", *variant)
+    scores = mi.head_scores(
+        model.model, kinds=["induction", "copying"], nulls=0, n=6, length=12, seed=1
+    )
+    looks = {head for head, pattern in model.patterns.items() if pattern == "induction"}
+    (true,) = model.circuit["induction"]
+    assert true in looks and len(looks) > 1
+    for kind, high in (("induction", looks), ("copying", {true})):
+        mean = scores.effect_of(kind).mean("prompt")
+        for layer, head in model.patterns:
+            want = 1.0 if (layer, head) in high else 0.0
+            got = float(mean.sel(layer=layer, head=head))
+            assert got == pytest.approx(want, abs=0.02), (kind, layer, head)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_k_composition_of_the_true_pair_is_the_largest_though_decoys_compose_as_much(variant):
+    model = known("induction", *variant)
+    k = mi.composition(model.model).data["composition"].sel(metric="K")
+    ((a, b),), ((c, d),) = model.circuit["previous_token"], model.circuit["induction"]
+    own = float(k.sel(sender_layer=a, sender_head=b, layer=c, head=d))
+    assert own == pytest.approx(float(k.max())) and own > 0
+    if "learned" in variant:  # the known failure: busy heads read what nothing useful wrote
+        assert int((k > own - 1e-6).sum()) > 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_direct_attribution_gives_all_to_the_last_head_of_the_circuit(variant):
+    model = known("induction", *variant)
+    heads = mi.direct_logit_attribution(model.model, model.task(6)).heads.mean("prompt")
+    ((layer, head),) = model.circuit["induction"]
+    assert float(heads.sel(layer=layer, head=head)) == pytest.approx(10.0, abs=1e-3)
+    assert float(np.abs(heads).sum()) == pytest.approx(10.0, abs=1e-3)  # none for the others
+    assert head_auroc(model, heads) < 1.0  # the known failure: it sees the end of the circuit
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_lens_sees_the_answer_where_the_last_head_of_the_circuit_writes_it(variant):
+    model = known("induction", *variant)
+    task = model.task(6)
+    ((layer, _),) = model.circuit["induction"]
+    rank = mi.logit_lens(model.model, task).data["rank"].sel(target="answer").isel(position=0)
+    assert (rank.sel(layer=layer) == 0).all()
+    assert (rank.sel(layer=slice(0, layer - 1)) > 5).all()
+
+
+@pytest.mark.parametrize("which", PLAIN + HARD, ids=str)
+def test_without_a_head_of_the_circuit_the_answer_is_lost_unless_another_does_the_same(which):
+    model = known(*which)
+    effect = mean_effect(mi.head_ablation(model.model, model.task(6)))
+    twice = {"redundant_pair": "previous_token", "backup_head": "induction"}.get(model.kind)
+    spare = {*model.circuit.get("backup", ()), *model.circuit.get(twice, ())}
+    for layer, head in model.patterns:
+        changed = float(effect.sel(layer=layer, head=head)) != 0.0
+        needed = (layer, head) in model.heads and (layer, head) not in spare
+        assert changed == needed or (model.kind == "ioi" and needed)
+    if not spare and model.kind != "ioi":
+        assert head_auroc(model, effect) == 1.0

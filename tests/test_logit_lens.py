@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conformance import pair
+from known import known
 from transformer_lens.model_bridge import TransformerBridge
 from zoo import CLASSIFIERS, ENCODERS, HF, NAMES, hf, tokenizer, tokens, zoo
 
@@ -392,3 +393,12 @@ def test_heads_and_neurons_are_drawn_and_ranked_by_name():
 
 def test_every_hugging_face_family_is_tried():
     assert set(HF) - set(CLASSIFIERS) <= set(READ)
+
+
+def test_states_that_say_nothing_rank_a_target_in_the_middle():
+    model = known("induction", "multi_head", "learned")
+    task = model.task(3)
+    lens = mi.logit_lens(model.model, task, targets=[int(task.answers[0, 0])])
+    assert float(lens.data["prob"].isel(layer=0).max()) == pytest.approx(1 / 32)
+    ranks = lens.data["rank"].isel(layer=0).values
+    assert set(ranks[np.isfinite(ranks)].tolist()) == {31 / 2}

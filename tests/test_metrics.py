@@ -56,7 +56,10 @@ def oracle(name, logits, answers, distractors, reference):
                 reduction="sum",
             )
         ),
-        "rank": lambda: sum(float(x) > best for x in logits),
+        "rank": lambda: sum(
+            float(x) > best or 0.5 * (float(x) == best and t not in answers)
+            for t, x in enumerate(logits)
+        ),
         "accuracy": lambda: float(best > max(float(logits[t]) for t in distractors)),
     }[name]()
 
@@ -199,3 +202,11 @@ def test_targets_without_an_answer_are_refused():
     # With the shape checker on, it is the one that refuses.
     with pytest.raises((ValueError, TypeError), match="distractors"):
         Targets(torch.tensor([[0], [1]]), torch.tensor([[2]]))
+
+
+def test_a_tie_is_no_top_rank():
+    """A model that knows nothing says the same of every token: the answer is in the middle."""
+    targets = Targets(torch.tensor([[3, -1], [3, 4], [2, -1]]))
+    logits = torch.zeros(3, 9)
+    logits[2, 2], logits[2, 5] = 1.0, 1.0
+    assert metrics.rank(logits, targets).tolist() == [4.0, 3.5, 0.5]

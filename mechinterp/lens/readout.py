@@ -51,8 +51,9 @@ class Reading:
     """What states predict: one number per row, or per row and target, in float64.
 
     ``kl`` is KL(final ‖ lens) in nats: what predicting with the state instead of the model's
-    end costs. ``rank`` counts the tokens above the best of a target's, 0 is the top. A target
-    is a set of tokens: ``logit`` is their mean, ``log_prob`` that of their summed probability.
+    end costs. A target is a set of tokens: ``logit`` is their mean, ``log_prob`` that of their
+    summed probability. ``rank`` counts the tokens above the best of them, and half of those
+    that are as high: 0 is the top, alone.
     """
 
     entropy: Float[Tensor, " row"]
@@ -61,7 +62,7 @@ class Reading:
     top_prob: Float[Tensor, " row"]
     logit: Float[Tensor, "row target"]
     log_prob: Float[Tensor, "row target"]
-    rank: Int[Tensor, "row target"]
+    rank: Float[Tensor, "row target"]
 
 
 @torch.no_grad()
@@ -114,7 +115,7 @@ def _read(
     total = torch.zeros(len(states), dtype=torch.float64, device=states.device)
     weighted, cross = total.clone(), total.clone()
     top_id = torch.zeros(len(states), dtype=torch.long, device=states.device)
-    above = torch.zeros(best.shape, dtype=torch.long, device=states.device)
+    above = torch.zeros(best.shape, dtype=torch.float64, device=states.device)
     for start, logits in _chunks(closing, states, tokens):
         peak, where = logits.max(-1)
         top_id = torch.where(peak > largest, where + start, top_id)
@@ -132,8 +133,10 @@ def _read(
         here = given & (ids >= start) & (ids < span.stop)
         mine = logits.gather(1, torch.where(here, ids - start, 0).flatten(1)).view(ids.shape)
         for t in range(ids.shape[1]):
-            ahead = (logits > best[:, t, None]).sum(-1)
-            above[:, t] += ahead - (here[:, t] & (mine[:, t] > best[:, t, None])).sum(-1)
+            rival, own_best = mine[:, t].masked_fill(~here[:, t], -torch.inf), best[:, t, None]
+            ahead = (logits > own_best).sum(-1) - (rival > own_best).sum(-1)
+            level = (logits == own_best).sum(-1) - (rival == own_best).sum(-1)
+            above[:, t] += ahead + 0.5 * level  # half of what is as high comes first
     log_total = largest.double() + total.log()
     return Reading(
         entropy=log_total - weighted / total,

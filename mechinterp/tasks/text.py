@@ -19,6 +19,8 @@ from mechinterp.models import forward, is_causal
 from mechinterp.names import unknown
 from mechinterp.tasks.prompts import Prompts, as_prompts, choose, encode, pad
 
+_LOGITS = 100_000_000  # held at once by a loss
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Text:
@@ -92,7 +94,7 @@ class Text:
 
         Unit: nats. Axes ``prompt`` and ``position``; NaN at a piece's first token, which
         nothing predicts, and after its end. The coordinate ``document`` says where a piece
-        comes from.
+        comes from. ``batch_size`` pieces run at once, fewer where their logits are large.
 
         Raises:
             ValueError: The model sees both sides, so it does not predict the next token.
@@ -103,16 +105,16 @@ class Text:
                 "sides of a token. Use a causal language model."
             )
         values = np.full(self.prompts.tokens.shape, np.nan)
-        for start in range(0, len(self), batch_size):
-            batch = self.prompts[start : start + batch_size]
-            log_probs = (
-                forward(model, batch.tokens, batch.mask).double().log_softmax(-1)[:, :-1]
-            )
-            following = batch.tokens[:, 1:, None].to(log_probs.device)
-            nats = -log_probs.gather(-1, following)[..., 0].cpu()
-            there = batch.mask[:, 1:]
-            rows = slice(start, start + len(batch))
-            values[rows, 1 : nats.shape[1] + 1] = torch.where(there, nats, torch.nan).numpy()
+        most = _LOGITS // (self.prompts.tokens.shape[1] * model.cfg.d_vocab)
+        at_once = max(1, min(batch_size, most))
+        for start in range(0, len(self), at_once):
+            batch = self.prompts[start : start + at_once]
+            logits = forward(model, batch.tokens, batch.mask)
+            for row, length in enumerate(batch.lengths.tolist()):
+                log_probs = logits[row, : length - 1].double().log_softmax(-1)
+                following = batch.tokens[row, 1:length, None].to(log_probs.device)
+                nats = -log_probs.gather(-1, following)[:, 0].cpu()
+                values[start + row, 1:length] = nats.numpy()
         return xr.DataArray(
             values,
             dims=("prompt", "position"),
