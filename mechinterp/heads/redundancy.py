@@ -1,11 +1,12 @@
 """The redundancy atlas: for every pair of heads, four views of how far one is the other."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Bool
 from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp.engine.calls import Memory
@@ -16,9 +17,10 @@ from mechinterp.heads.interaction import (
     check_measurable,
     interactions,
 )
-from mechinterp.heads.redundancy_result import FLAGGING, UNITS, RedundancyAtlas, distances
+from mechinterp.heads.redundancy_distance import FLAGGING, UNITS, distances
+from mechinterp.heads.redundancy_result import RedundancyAtlas
 from mechinterp.heads.redundancy_stream import considered, sampled, watch
-from mechinterp.heads.subspaces import SIDES, overlaps
+from mechinterp.heads.subspaces import overlaps
 from mechinterp.lens.states import budget_of
 from mechinterp.models import fingerprint, is_causal
 from mechinterp.names import unknown
@@ -29,7 +31,7 @@ from mechinterp.tasks import Labelled, Prompts, Task, Text, as_data
 
 QUERIES = 512
 SMALL = 40  # heads: up to so many, the interaction of all pairs is measured
-Pairs = Literal["all", "flagged", "none"] | Sequence[Pair]
+Pairs = str | Sequence[Pair]
 
 
 def redundancy_atlas(
@@ -37,7 +39,7 @@ def redundancy_atlas(
     data: Any,
     *,
     queries: int | None = None,
-    task: Task | None = None,
+    task: Any = None,
     pairs: Pairs | None = None,
     flag: int = 50,
     kind: str = "zero",
@@ -236,7 +238,7 @@ def _checked(model: TransformerBridge, pair: Pair) -> Pair:
     return first, second
 
 
-def _shared(model: TransformerBridge, heads: Sequence[Head]) -> np.ndarray:
+def _shared(model: TransformerBridge, heads: Sequence[Head]) -> Bool[np.ndarray, "head head"]:
     """Return which heads have their keys and values in common."""
     group = {}
     for layer in dict.fromkeys(layer for layer, _ in heads):
@@ -262,7 +264,10 @@ def _dataset(
         coords[f"layer_{side}"] = (axis, [layer for layer, _ in heads])
         coords[f"index_{side}"] = (axis, [head for _, head in heads])
     found = xr.Dataset(arrays, coords)
-    return found.assign(redundancy=1 - distances(found, "mean")).assign_coords(coords)
+    alike = 1 - distances(found, "mean")
+    return found.assign(
+        redundancy=(("head_a", "head_b"), alike, {"units": UNITS["redundancy"]})
+    )
 
 
 def _flagged(atlas: xr.Dataset, heads: Sequence[Head], flag: int) -> list[Pair]:
@@ -270,7 +275,7 @@ def _flagged(atlas: xr.Dataset, heads: Sequence[Head], flag: int) -> list[Pair]:
     upper = np.triu_indices(len(heads), 1)
     found: set[tuple[int, int]] = set()
     for view in FLAGGING:
-        apart = distances(atlas, view).values[upper]
+        apart = distances(atlas, view)[upper]
         order = np.argsort(apart, kind="stable")[:flag]
         found |= {(int(upper[0][k]), int(upper[1][k])) for k in order}
     return [(heads[a], heads[b]) for a, b in sorted(found)]
@@ -292,6 +297,3 @@ def _with_interactions(
         alone=(("prompt", "head"), measured.alone, unit),
         together=(("prompt", "pair"), measured.together, unit),
     ).assign_coords(coords)
-
-
-assert set(SIDES) <= set(UNITS)
