@@ -15,6 +15,7 @@ from mechinterp.cli.shared import (
     print_table,
     read_names,
     save_figure,
+    text_from,
 )
 
 
@@ -58,17 +59,7 @@ def heads(
 def _data(name: str, model: Any, n: int, seed: int) -> Any:
     if not name.endswith(".txt"):
         return load_data(name, model, n, seed)
-    return _text(Path(name), model, 256)[:n]
-
-
-def _text(path: Path, model: Any, context: int) -> Any:
-    """Return a file's text in pieces of so many tokens, or as many as the model holds."""
-    import mechinterp as mi
-
-    text = path.read_text(encoding="utf-8")
-    return mi.Text.from_strings(
-        model, text, context=min(context, model.cfg.n_ctx), name=path.stem
-    )
+    return text_from(Path(name), model, 256)[:n]
 
 
 @app.command()
@@ -96,7 +87,9 @@ def induction(
     import mechinterp as mi
 
     loaded = mi.load_model(model)
-    read = None if text is None else _text(text, loaded, late + 12)  # room for special tokens
+    read = (
+        None if text is None else text_from(text, loaded, late + 12)
+    )  # room for special tokens
     dossier = mi.induction_dossier(
         loaded,
         text=read,

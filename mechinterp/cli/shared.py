@@ -76,6 +76,16 @@ def load_data(
     return data[draw(data.name, len(data), n, seed)]
 
 
+def text_from(path: Path, model: Any, context: int) -> Any:
+    """Return a file's text in pieces of so many tokens, or as many as the model holds."""
+    import mechinterp as mi
+
+    text = path.read_text(encoding="utf-8")
+    return mi.Text.from_strings(
+        model, text, context=min(context, model.cfg.n_ctx), name=path.stem
+    )
+
+
 def show(result: "Result", title: str, out: Path | None, rows: int = 10) -> None:
     """Print the largest effects, and save the result and its figure where one is wanted."""
     name, unit = next(iter(result.convention.metrics.items()))

@@ -36,13 +36,7 @@ TITLES = {
 
 def distances(data: xr.Dataset, view: str) -> Float[np.ndarray, "head head"]:
     """Return the distance of all pairs by a view; ``RedundancyAtlas.clusters`` says which."""
-    if view == "interaction":
-        raise ValueError(
-            "interaction is no distance, and not measured for all pairs. Cluster by another "
-            f"view: {', '.join(VIEWS)}."
-        )
-    if view not in VIEWS:
-        raise ValueError(unknown("view", view, VIEWS))
+    check_view(view)
     if view == "mean":
         parts = [distances(data, part) for part in PARTS]
         return sum((_over_mean(part) for part in parts), np.zeros(parts[0].shape)) / len(PARTS)
@@ -51,6 +45,17 @@ def distances(data: xr.Dataset, view: str) -> Float[np.ndarray, "head head"]:
     apart = np.nan_to_num(alike if view == "js" else 1 - alike, nan=1.0)
     np.fill_diagonal(apart, 0.0)
     return apart
+
+
+def check_view(view: str) -> None:
+    """Raise a ``ValueError`` that suggests near names unless a view is a distance."""
+    if view == "interaction":
+        raise ValueError(
+            "interaction is no distance, and not measured for all pairs. Cluster by another "
+            f"view: {', '.join(VIEWS)}."
+        )
+    if view not in VIEWS:
+        raise ValueError(unknown("view", view, VIEWS))
 
 
 def reads(data: xr.Dataset) -> Float[np.ndarray, "head head"]:

@@ -62,7 +62,7 @@ class Tree:
 
     def merged_within(self, threshold: float) -> int:
         """Return how many clusters remain once all merges up to a distance are made."""
-        return len(self.distance) - sum(step.distance <= threshold for step in self.steps)
+        return len(self.distance) - int((self.linkage[:, 2] <= threshold).sum())
 
     def order(self) -> list[int]:
         """Return all heads, the one to go first first: one goes at each merge."""
