@@ -93,7 +93,7 @@ def redundancy(
         views.append("interaction")
     found = atlas.clusters(view, n=clusters)
     joined = found.assign(heads=[" ".join(heads) for heads in found["heads"]])
-    several = joined[joined["size"] > 1]
+    several = joined.query("size > 1")
     if len(several):
         print_table(f"Clusters by {view}, {len(joined)} in all", several.head(rows))
     else:
