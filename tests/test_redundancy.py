@@ -17,7 +17,6 @@ from mechinterp.heads.redundancy_stream import considered, sampled
 from mechinterp.heads.redundancy_tree import Tree
 from mechinterp.heads.subspaces import overlap
 from mechinterp.hooks import HookManager
-from mechinterp.sites import n_heads
 from mechinterp.tasks.prompts import pad
 from mechinterp.weights import head_weights
 
@@ -35,10 +34,6 @@ def prompts(n: int = 5, longest: int = 14, seed: int = 3) -> mi.Prompts:
 @cache
 def atlas(name: str) -> mi.RedundancyAtlas:
     return mi.redundancy_atlas(model_of(name), prompts())
-
-
-def heads_of(model) -> list[tuple[int, int]]:
-    return [(i, h) for i in range(len(model.blocks)) for h in range(n_heads(model, "z", i))]
 
 
 def one_by_one(model, given: mi.Prompts, site: str) -> list[np.ndarray]:

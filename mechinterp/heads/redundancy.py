@@ -240,10 +240,10 @@ def _checked(model: TransformerBridge, pair: Pair) -> Pair:
 
 def _shared(model: TransformerBridge, heads: Sequence[Head]) -> Bool[np.ndarray, "head head"]:
     """Return which heads have their keys and values in common."""
-    group = {}
-    for layer in dict.fromkeys(layer for layer, _ in heads):
-        attention = model.blocks[layer].attn
-        group[layer] = len(attention.W_O) // len(attention.W_K)
+    group = {
+        layer: n_heads(model, "z", layer) // n_heads(model, "k", layer)
+        for layer in dict.fromkeys(layer for layer, _ in heads)
+    }
     kv = [(layer, head // group[layer]) for layer, head in heads]
     return np.array([[a == b for b in kv] for a in kv])
 

@@ -166,7 +166,7 @@ def cka(
 ) -> Float[np.ndarray, "head head"]:
     """Return linear CKA from ``‖Y_a.T Y_b‖²`` in the upper triangle; NaN for constant heads.
 
-    Source: Kornblith et al. 2019, arXiv:1905.00414, equation 4 in its linear form.
+    Source: Kornblith et al. 2019, arXiv:1905.00414, in its linear form.
     """
     whole = np.triu(squares) + np.triu(squares, 1).T
     size = np.sqrt(np.diag(whole))
