@@ -144,6 +144,7 @@ METHODS: dict[str, Method] = {
         data=text,
         arguments={"kinds": ["induction", "copying", "ov_copying"], "nulls": 1},
     ),
+    "redundancy_atlas": Method(data=text, arguments={"queries": 20}),
     "logit_lens": Method(data=pair),
     "direct_logit_attribution": Method(data=pair),
     "icl_score": Method(

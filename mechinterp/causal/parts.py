@@ -1,5 +1,6 @@
 """Parts of a model that can be taken out: heads, MLPs, neurons; alone or in sets."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
@@ -87,7 +88,7 @@ def sets_of(model: TransformerBridge, site: str, asked: Any) -> PartSets:
         for one in listed
     ]
     labels = [_label(one) for one in sets]
-    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+    if twice := [label for label, count in Counter(labels).items() if count > 1]:
         raise ValueError(f"{twice[0]} is asked for twice. Name each {unit} or set once.")
     return PartSets(sets, labels, unit, False)
 

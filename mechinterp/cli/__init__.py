@@ -18,6 +18,7 @@ from mechinterp.cli import heads as heads
 from mechinterp.cli import icl as icl
 from mechinterp.cli import lens as lens
 from mechinterp.cli import pruning as pruning
+from mechinterp.cli import redundancy as redundancy
 from mechinterp.cli.shared import app
 
 

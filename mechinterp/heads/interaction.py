@@ -1,24 +1,19 @@
 """Causal interaction of two heads: what losing both costs beyond what losing each does."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 from transformer_lens.model_bridge import TransformerBridge
 
-from mechinterp.edits import Edit, Mean, Zero
-from mechinterp.engine import Cell
-from mechinterp.engine.calls import Memory, metrics_of_cells
-from mechinterp.hooks import HookManager
+from mechinterp.causal.ablation import KINDS, MetricSpec, head_ablation
+from mechinterp.engine.calls import Memory, check_answers
 from mechinterp.metrics import Metric, resolve_metrics
 from mechinterp.names import unknown
 from mechinterp.nulls import Head
-from mechinterp.record import unit_of
-from mechinterp.tasks import Task
+from mechinterp.record import Data, unit_of
 
-KINDS = ("zero", "mean")
-MetricSpec = str | Callable | Mapping[str, str | Callable] | None
 Pair = tuple[Head, Head]
 
 
@@ -32,10 +27,13 @@ class Interactions:
     unit: str
 
 
-def check_measurable(kind: str, metric: MetricSpec, task: Task) -> None:
+def check_measurable(
+    model: TransformerBridge, kind: str, metric: MetricSpec, task: Data
+) -> None:
     """Raise a ``ValueError`` unless heads can be ablated so, and judged by one metric."""
     if kind not in KINDS:
         raise ValueError(unknown("ablation", kind, KINDS))
+    check_answers(model, task)
     metrics = resolve_metrics(metric, task.metric)
     if len(metrics) > 1:
         raise ValueError(
@@ -45,7 +43,7 @@ def check_measurable(kind: str, metric: MetricSpec, task: Task) -> None:
 
 def interactions(
     model: TransformerBridge,
-    task: Task,
+    task: Data,
     heads: Sequence[Head],
     pairs: Sequence[Pair],
     kind: str,
@@ -62,26 +60,13 @@ def interactions(
 
 def _deltas(
     model: TransformerBridge,
-    data: Task,
+    data: Data,
     sets: Sequence[Sequence[Head]],
     kind: str,
     metrics: Mapping[str, Metric],
     memory: Memory,
 ) -> Float[np.ndarray, "prompt set"]:
     """Return ``metric(ablated) - metric(intact)`` with each set of heads out together."""
-    layers = sorted({layer for heads in sets for layer, _ in heads})
-    mean = kind == "mean"
-    source = HookManager(model).mean(data.clean, "z", layers=layers) if mean else None
-
-    def cell(out: Sequence[Head]) -> Cell:
-        edits: list[Edit] = []
-        for layer in sorted({layer for layer, _ in out}):
-            told = {"layers": layer, "heads": [head for at, head in out if at == layer]}
-            edits.append(Zero("z", **told) if source is None else Mean("z", source, **told))
-        return Cell(edits)
-
-    found = metrics_of_cells(
-        model, data, map(cell, sets), on="clean", metrics=metrics, memory=memory
-    )
-    effects = found.values[..., 0].double() - found.runs["clean"][None, :, 0].double()
-    return effects.T.cpu().numpy()
+    sets = [list(heads) for heads in sets]
+    found = head_ablation(model, data, kind=kind, heads=sets, metric=metrics, memory=memory)
+    return found.effect.isel(metric=0).transpose("prompt", "set").values

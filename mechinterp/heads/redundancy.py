@@ -1,14 +1,15 @@
 """The redundancy atlas: for every pair of heads, four views of how far one is the other."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Bool
 from transformer_lens.model_bridge import TransformerBridge
 
-from mechinterp.engine.calls import Memory
+from mechinterp.engine.calls import MEASURED, Memory
 from mechinterp.heads.interaction import (
     Interactions,
     MetricSpec,
@@ -16,9 +17,10 @@ from mechinterp.heads.interaction import (
     check_measurable,
     interactions,
 )
-from mechinterp.heads.redundancy_result import FLAGGING, UNITS, RedundancyAtlas, distances
+from mechinterp.heads.redundancy_distance import FLAGGING, UNITS, distances
+from mechinterp.heads.redundancy_result import RedundancyAtlas
 from mechinterp.heads.redundancy_stream import considered, sampled, watch
-from mechinterp.heads.subspaces import SIDES, overlaps
+from mechinterp.heads.subspaces import overlaps
 from mechinterp.lens.states import budget_of
 from mechinterp.models import fingerprint, is_causal
 from mechinterp.names import unknown
@@ -29,7 +31,7 @@ from mechinterp.tasks import Labelled, Prompts, Task, Text, as_data
 
 QUERIES = 512
 SMALL = 40  # heads: up to so many, the interaction of all pairs is measured
-Pairs = Literal["all", "flagged", "none"] | Sequence[Pair]
+Pairs = str | Sequence[Pair]
 
 
 def redundancy_atlas(
@@ -37,7 +39,7 @@ def redundancy_atlas(
     data: Any,
     *,
     queries: int | None = None,
-    task: Task | None = None,
+    task: Any = None,
     pairs: Pairs | None = None,
     flag: int = 50,
     kind: str = "zero",
@@ -73,14 +75,15 @@ def redundancy_atlas(
         data: A ``Text``, ``Task`` (its clean prompts), ``Labelled`` or ``Prompts``.
         queries: How many query positions divergence is averaged over, drawn under ``seed``.
             Default: 512, or all if there are fewer.
-        task: Where interaction is measured; ``data`` itself by default, if it is a task.
+        task: Where interaction is measured: a ``Task``, or a ``Text`` or ``Labelled`` texts by
+            their loss. Default: ``data`` itself, if it is a task or pairs are asked for.
         pairs: Whose interaction is measured: ``"all"``, the ``"flagged"``, ``"none"``, or
             pairs of heads ``((layer, head), (layer, head))``. Default: all pairs of up to 40
             heads, else the flagged, and none without a task.
         flag: A pair is flagged if it is among so many that are most alike by ``js``, ``cka``,
             size of ``cosine``, ``read_q`` or ``write``.
-        kind: What takes the place of an ablated ``z``: ``"zero"``, or its ``"mean"`` over all
-            positions of the task's clean prompts.
+        kind: What takes the place of an ablated ``z``, as in ``mi.head_ablation``; means and
+            resamples are over the data that interaction is measured on.
         metric: Of the interaction, as in ``mi.activation_patching``; the task's by default.
         seed: Of the sampled queries.
         memory: Bytes, or a size such as ``"2GB"``, to take beside the model; at most 4 GB by
@@ -104,7 +107,7 @@ def redundancy_atlas(
     n = _n_queries(queries, int(there.sum()))
     judge = _judge(data, task, pairs)
     if judge is not None:
-        check_measurable(kind, metric, judge)
+        check_measurable(model, kind, metric, judge)
     chosen = _chosen(model, pairs, judge, heads)
     if flag < 1:
         raise ValueError(f"flag={flag} flags nothing. Pass at least 1.")
@@ -189,11 +192,12 @@ def _n_queries(asked: int | None, there: int) -> int:
     return asked
 
 
-def _judge(data: Any, task: Any, pairs: Pairs | None) -> Task | None:
-    """Return the task that interaction is measured on, None if it is not measured."""
+def _judge(data: Any, task: Any, pairs: Pairs | None) -> Data | None:
+    """Return the data that interaction is measured on, None if it is not measured."""
     if task is not None:
-        as_data(task, accepts=(Task,), method="redundancy_atlas(task=...)")
-    judge = task if task is not None else data if isinstance(data, Task) else None
+        as_data(task, accepts=MEASURED, method="redundancy_atlas(task=...)")
+    own = isinstance(data, Task) or (isinstance(data, MEASURED) and pairs is not None)
+    judge = task if task is not None else data if own else None
     named = pairs if isinstance(pairs, str) else None
     if named is not None and named not in ("all", "flagged", "none"):
         raise ValueError(unknown("choice of pairs", named, ("all", "flagged", "none")))
@@ -208,7 +212,7 @@ def _judge(data: Any, task: Any, pairs: Pairs | None) -> Task | None:
 
 
 def _chosen(
-    model: TransformerBridge, pairs: Pairs | None, judge: Task | None, heads: list[Head]
+    model: TransformerBridge, pairs: Pairs | None, judge: Data | None, heads: list[Head]
 ) -> list[Pair] | None:
     """Return the pairs to measure; None for those that will be flagged."""
     if judge is None:
@@ -236,12 +240,12 @@ def _checked(model: TransformerBridge, pair: Pair) -> Pair:
     return first, second
 
 
-def _shared(model: TransformerBridge, heads: Sequence[Head]) -> np.ndarray:
+def _shared(model: TransformerBridge, heads: Sequence[Head]) -> Bool[np.ndarray, "head head"]:
     """Return which heads have their keys and values in common."""
-    group = {}
-    for layer in dict.fromkeys(layer for layer, _ in heads):
-        attention = model.blocks[layer].attn
-        group[layer] = len(attention.W_O) // len(attention.W_K)
+    group = {
+        layer: n_heads(model, "z", layer) // n_heads(model, "k", layer)
+        for layer in dict.fromkeys(layer for layer, _ in heads)
+    }
     kv = [(layer, head // group[layer]) for layer, head in heads]
     return np.array([[a == b for b in kv] for a in kv])
 
@@ -262,7 +266,10 @@ def _dataset(
         coords[f"layer_{side}"] = (axis, [layer for layer, _ in heads])
         coords[f"index_{side}"] = (axis, [head for _, head in heads])
     found = xr.Dataset(arrays, coords)
-    return found.assign(redundancy=1 - distances(found, "mean")).assign_coords(coords)
+    alike = 1 - distances(found, "mean")
+    return found.assign(
+        redundancy=(("head_a", "head_b"), alike, {"units": UNITS["redundancy"]})
+    )
 
 
 def _flagged(atlas: xr.Dataset, heads: Sequence[Head], flag: int) -> list[Pair]:
@@ -270,7 +277,7 @@ def _flagged(atlas: xr.Dataset, heads: Sequence[Head], flag: int) -> list[Pair]:
     upper = np.triu_indices(len(heads), 1)
     found: set[tuple[int, int]] = set()
     for view in FLAGGING:
-        apart = distances(atlas, view).values[upper]
+        apart = distances(atlas, view)[upper]
         order = np.argsort(apart, kind="stable")[:flag]
         found |= {(int(upper[0][k]), int(upper[1][k])) for k in order}
     return [(heads[a], heads[b]) for a, b in sorted(found)]
@@ -292,6 +299,3 @@ def _with_interactions(
         alone=(("prompt", "head"), measured.alone, unit),
         together=(("prompt", "pair"), measured.together, unit),
     ).assign_coords(coords)
-
-
-assert set(SIDES) <= set(UNITS)

@@ -23,6 +23,7 @@ def clustered_grid(
     """Draw all pairs of heads, both axes in this order."""
     ax = ax if ax is not None else plotting.new_axes(*_size(len(order)))
     _grid(values, order, ax, label, signed)
+    ax.set_aspect("equal")
     plotting.title(ax, title, note)
     return ax
 
@@ -68,13 +69,13 @@ def _grid(values: xr.DataArray, order: list[int], ax: Axes, label: str, signed: 
     for axis in own.dims:
         own[axis].attrs["long_name"] = "head (layer.head)"
     plotting.heat_grid(own, ax=ax, label=label, signed=signed)
-    ax.set_aspect("equal")
 
 
 def _draw_tree(ax: Axes, tree: Tree) -> None:
     """Draw the tree with its leaves on the right, at the rows of the grid."""
     lines = _brackets(tree)
-    ax.add_collection(LineCollection(list(lines), colors="0.35", linewidths=0.8))
+    thick = 0.8 if len(lines) <= 100 else 0.5
+    ax.add_collection(LineCollection(list(lines), colors="0.35", linewidths=thick))
     ax.set_xlim(max(float(lines[..., 0].max()) * 1.03, 1e-9), 0)
     ax.set_ylim(0, len(tree.distance))
     ax.set_yticks([])

@@ -9,38 +9,12 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mechinterp.heads.redundancy_distance import READS, TITLES, UNITS, distances, reads
 from mechinterp.heads.redundancy_plot import clustered_figure, clustered_grid
 from mechinterp.heads.redundancy_tree import Tree
 from mechinterp.names import unknown
 from mechinterp.nulls import Head
 from mechinterp.results import NotedFrame, Result
-
-_OVERLAP = "overlap, 0 to 1"
-UNITS = {
-    "redundancy": "1 identical, 0 an average pair",
-    "js": "bits",
-    "cka": "share, 0 to 1",
-    "cosine": "-1 to 1",
-    "read_q": _OVERLAP,
-    "read_k": _OVERLAP,
-    "read_v": _OVERLAP,
-    "write": _OVERLAP,
-}
-READS = ("read_q", "read_k", "read_v")
-PARTS = ("js", "cka", "cosine", "read", "write")  # of the mean
-FLAGGING = ("js", "cka", "cosine", "read_q", "write")
-VIEWS = ("mean", *PARTS, *READS)
-_TITLES = {
-    "redundancy": "redundancy (1 identical, 0 an average pair)",
-    "js": "divergence of attention (bits)",
-    "cka": "linear CKA of outputs",
-    "cosine": "cosine of outputs",
-    "read": "overlap of what is read",
-    "read_q": "overlap of what W_Q reads",
-    "read_k": "overlap of what W_K reads",
-    "read_v": "overlap of what W_V reads",
-    "write": "overlap of what is written",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +87,7 @@ class RedundancyAtlas(Result):
         if view == "interaction":
             return self._interactions()
         if view == "read":
-            return _reads(self.data)
+            return self._labelled(reads(self.data), "read")
         if view not in UNITS:
             raise ValueError(unknown("view", view, [*UNITS, "read", "interaction"]))
         return self.data[view]
@@ -124,7 +98,7 @@ class RedundancyAtlas(Result):
         Raises:
             ValueError: There is no such view.
         """
-        return distances(self.data, view)
+        return self._labelled(distances(self.data, view), "distance")
 
     def clusters(
         self, view: str = "mean", *, threshold: float | None = None, n: int | None = None
@@ -187,21 +161,21 @@ class RedundancyAtlas(Result):
         return [self.heads[i] for i in self.tree(view).order()]
 
     def top(self, n: int = 10, *, metric: str | None = None) -> pd.DataFrame:
-        """Return the ``n`` pairs most alike by a view (default: ``redundancy``), with all views.
+        """Return the ``n`` pairs most alike by a view, with all views as columns.
 
-        By ``interaction`` those with the largest in size come first, with the interval and
-        p-value of ``statistics``: the mean over prompts, corrected for all measured pairs.
+        By default the view is ``redundancy``. By ``interaction`` those with the largest in
+        size come first, with the interval and p-value of ``statistics``.
         """
         view = metric or "redundancy"
         if view == "interaction":
             return self._top_interactions(n)
         values = self.effect_of(view)
-        ranked = -np.abs(values) if view == "cosine" else -values
-        ranked = values if view == "js" else ranked
-        order = np.argsort(ranked.values, axis=None, kind="stable")[:n]  # NaN goes last
+        numbers = np.abs(values.values) if view == "cosine" else values.values
+        ranked = numbers if view == "js" else -numbers
+        order = np.argsort(ranked, axis=None, kind="stable")[:n]  # NaN goes last
         where = np.unravel_index(order, values.shape)
-        labels = [values[f"head_{s}"].values[i] for s, i in zip("ab", where, strict=True)]
-        table = self._views_of(labels[0], labels[1])
+        names = self.data["head_a"].values.tolist()
+        table = self._views_of([names[i] for i in where[0]], [names[i] for i in where[1]])
         first = [column for column in table.columns if column == view]
         others = [column for column in table.columns[2:] if column not in first]
         table = NotedFrame(table[["head_a", "head_b", *first, *others]])
@@ -231,14 +205,14 @@ class RedundancyAtlas(Result):
         """
         values, label, note = self._drawn(view)
         order = self.tree(_clustered_by(view)).leaves
-        what = f"{_TITLES.get(view, view).split(' (')[0]} · {self.convention.data}"
+        what = f"{TITLES.get(view, view).split(' (')[0]} · {self.convention.data}"
         return clustered_grid(values, order, ax, label, _signed(view), what, note)
 
     def figure(self, view: str = "redundancy") -> Figure:
         """Draw a view of all pairs as ``plot`` does, with the tree of clusters beside it."""
         values, label, note = self._drawn(view)
         by = _clustered_by(view)
-        what = f"{_TITLES.get(view, view).split(' (')[0]} · {self.convention.data}"
+        what = f"{TITLES.get(view, view).split(' (')[0]} · {self.convention.data}"
         name = "distance, mean of views" if by == "mean" else f"distance by {by}"
         return clustered_figure(values, self.tree(by), label, _signed(view), what, note, name)
 
@@ -247,7 +221,7 @@ class RedundancyAtlas(Result):
         worth = None
         if "alone" in self.data:
             worth = np.abs(self.data["alone"].mean("prompt").values)
-        return Tree(self.distance(view).values.copy(), worth)
+        return Tree(distances(self.data, view), worth)
 
     def _drawn(self, view: str) -> tuple[xr.DataArray, str, str]:
         values = self.matrix(view)
@@ -256,7 +230,7 @@ class RedundancyAtlas(Result):
             unit = self.convention.settings["interaction_unit"] or "metric"
             name = self.convention.settings["interaction_metric"]
             return values, f"interaction on {name} ({unit})", "; ".join(note)
-        return values, _TITLES[view], "; ".join(note)
+        return values, TITLES[view], "; ".join(note)
 
     def _notes(self, view: str) -> list[str]:
         told = self.convention.settings
@@ -279,7 +253,10 @@ class RedundancyAtlas(Result):
         a = [place[name] for name in mean["of_a"].values]
         b = [place[name] for name in mean["of_b"].values]
         found[a, b] = found[b, a] = mean.values
-        return self.data["js"].copy(data=found).rename("interaction").drop_attrs()
+        return self._labelled(found, "interaction")
+
+    def _labelled(self, values: np.ndarray, name: str) -> xr.DataArray:
+        return self.data["js"].copy(data=values).rename(name).drop_attrs()
 
     def _views_of(self, a: Sequence[str], b: Sequence[str]) -> pd.DataFrame:
         names = [*UNITS, *(["interaction"] if "together" in self.data else [])]
@@ -318,38 +295,6 @@ class RedundancyAtlas(Result):
         if bool(self.data["shared_kv"].values[np.triu_indices(len(self.heads), 1)].any()):
             lines.append("Heads that share keys and values have read_k = read_v = 1.")
         return "\n".join(lines)
-
-
-def distances(data: xr.Dataset, view: str) -> xr.DataArray:
-    """Return the distance of all pairs by a view; ``RedundancyAtlas.clusters`` says which."""
-    if view == "interaction":
-        raise ValueError(
-            "interaction is no distance, and not measured for all pairs. Cluster by another "
-            f"view: {', '.join(VIEWS)}."
-        )
-    if view == "redundancy":
-        view = "mean"
-    if view not in VIEWS:
-        raise ValueError(unknown("view", view, VIEWS))
-    if view == "mean":
-        parts = [distances(data, part) for part in PARTS]
-        total = sum((part / (_mean_of_pairs(part) or 1.0)).values for part in parts)
-        return parts[0].copy(data=total / len(PARTS))
-    values = _reads(data) if view == "read" else data[view]
-    if view == "cosine":
-        values = np.abs(values)
-    apart = (values if view == "js" else 1 - values).fillna(1.0).copy().drop_attrs()
-    np.fill_diagonal(apart.values, 0.0)
-    return apart.rename("distance")
-
-
-def _mean_of_pairs(apart: xr.DataArray) -> float:
-    return float(apart.values[np.triu_indices(len(apart), 1)].mean())
-
-
-def _reads(data: xr.Dataset) -> xr.DataArray:
-    mean = sum(data[side] for side in READS) / len(READS)
-    return xr.where(data["shared_kv"], data["read_q"], mean).rename("read")
 
 
 def _clustered_by(view: str) -> str:

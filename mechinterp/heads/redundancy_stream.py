@@ -75,7 +75,7 @@ def watch(
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     W_O = torch.cat([writing_weights(model, layer) for layer in layers]).to(device)
     heads = len(W_O)
-    groups, sums = _passes(heads, min(W_O.shape[1:]), dtype.itemsize, budget // 2)
+    groups, sums = _passes(heads, W_O.shape[1], dtype.itemsize, budget // 2)
     left = budget - sums
     buffer = min(_BUFFER, left // 8)
     run = _Run(model, prompts, layers, considered(model, prompts), dtype, buffer)

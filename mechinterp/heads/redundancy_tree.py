@@ -50,16 +50,19 @@ class Tree:
         The distance is that at which a cluster's halves were merged; 0 for a single head. The
         largest come first, then by their first head.
         """
-        found = {(i,): (i, 0.0) for i in range(len(self.distance))}
-        for step in self.steps[: len(self.distance) - n]:
-            found = {k: v for k, v in found.items() if not set(k) <= set(step.members)}
-            found[step.members] = (step.stays, step.distance)
-        order = sorted(found, key=lambda members: (-len(members), members[0]))
-        return [(members, *found[members]) for members in order]
+        size = len(self.distance)
+        found: dict[int, tuple[tuple[int, ...], int, float]] = {
+            i: ((i,), i, 0.0) for i in range(size)
+        }
+        for i, step in enumerate(self.steps[: size - n]):
+            for half in self.linkage[i, :2]:
+                del found[int(half)]
+            found[size + i] = (step.members, step.stays, step.distance)
+        return sorted(found.values(), key=lambda each: (-len(each[0]), each[0][0]))
 
     def merged_within(self, threshold: float) -> int:
         """Return how many clusters remain once all merges up to a distance are made."""
-        return len(self.distance) - sum(step.distance <= threshold for step in self.steps)
+        return len(self.distance) - int((self.linkage[:, 2] <= threshold).sum())
 
     def order(self) -> list[int]:
         """Return all heads, the one to go first first: one goes at each merge."""

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_CACHED = 2**19  # numbers in a block of patterns that is gone through pair by pair
+_CACHED = 2**18  # numbers in a block of patterns that is gone through pair by pair
 _LEAST = 1e-30  # stands for 0 in logarithms: 1e-30 * log(1e-30) is nothing
 _CONSTANT = 1e-10  # share of variance in the second moment that is rounding
 
@@ -43,12 +43,12 @@ class Divergence:
         # Half a pattern plus half of the same one is that pattern to the last bit: twins
         # are 0 apart.
         half = patterns.clamp(min=_LEAST).flatten(1) / 2
-        own = torch.linalg.vecdot(2 * half, (2 * half).log()).double()
+        own = (2 * half).log().mul_(2 * half).sum(1).double()
         mixed, log = torch.empty_like(half), torch.empty_like(half)
         for head in range(len(half) - 1):
             others = slice(0, len(half) - head - 1)
             m = torch.add(half[head], half[head + 1 :], out=mixed[others])
-            both = torch.linalg.vecdot(m, torch.log(m, out=log[others])).double()
+            both = torch.log(m, out=log[others]).mul_(m).sum(1).double()
             self.sum[head, head + 1 :] += (own[head] + own[head + 1 :]) / 2 - both
 
     def mean(self) -> Float[np.ndarray, "head head"]:
@@ -155,9 +155,10 @@ class Moments:
         return variance <= _CONSTANT * power
 
 
-def root(W_O: Float[Tensor, "head d_head d_model"]) -> Float[Tensor, "head d_head width"]:
-    """Return ``R`` with ``R @ R.T = W_O @ W_O.T``, of no more columns than ``W_O`` has."""
-    return torch.linalg.qr(W_O.mT).R.mT
+def root(W_O: Float[Tensor, "head d_head d_model"]) -> Float[Tensor, "head d_head d_head"]:
+    """Return ``R`` with ``R @ R.T = W_O @ W_O.T``."""
+    values, vectors = torch.linalg.eigh(W_O @ W_O.mT)
+    return vectors * values.clamp(min=0).sqrt()[:, None]
 
 
 def cka(
@@ -165,7 +166,7 @@ def cka(
 ) -> Float[np.ndarray, "head head"]:
     """Return linear CKA from ``‖Y_a.T Y_b‖²`` in the upper triangle; NaN for constant heads.
 
-    Source: Kornblith et al. 2019, arXiv:1905.00414, equation 4 in its linear form.
+    Source: Kornblith et al. 2019, arXiv:1905.00414, in its linear form.
     """
     whole = np.triu(squares) + np.triu(squares, 1).T
     size = np.sqrt(np.diag(whole))

@@ -12,7 +12,7 @@ from mechinterp.heads.copying import writing_weights
 from mechinterp.weights import head_weights
 
 SIDES = ("read_q", "read_k", "read_v", "write")
-_BYTES = 2**27
+_BYTES = 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,15 +51,12 @@ def overlap(weights: Float[Tensor, "head d_model d_head"]) -> Overlap:
     ones, and ``d`` is one less.
     """
     bases, ranks = _bases(weights)
-    n, d_model, width = bases.shape
-    flat = bases.permute(1, 0, 2).reshape(d_model, n * width)
-    shared = torch.empty(n, n, dtype=torch.float64, device=flat.device)
-    step = max(1, _BYTES // (8 * width * flat.shape[1]))
-    for start in range(0, n, step):
-        rows = bases[start : start + step].permute(0, 2, 1).reshape(-1, d_model)
-        squares = (rows @ flat).square().reshape(-1, width, n, width)
-        shared[start : start + step] = squares.sum((1, 3))
-    shared = (shared + shared.T) / 2
+    n, d_model, _ = bases.shape
+    shared = torch.zeros(n, n, dtype=torch.float64, device=bases.device)
+    step = max(1, _BYTES // (8 * n * d_model))
+    for rows in bases.split(step, 1):  # some rows of all heads' projections at a time
+        projections = (rows @ bases.mT).flatten(1)
+        shared.addmm_(projections, projections.T)
     along_ones = bases.mean(1).square().sum(-1) * d_model
     d = d_model - int(bool((along_ones < 1e-9).all()))
     r, s = ranks[:, None].double(), ranks[None, :].double()
@@ -73,9 +70,10 @@ def overlap(weights: Float[Tensor, "head d_model d_head"]) -> Overlap:
 
 def _bases(
     weights: Float[Tensor, "head d_model d_head"],
-) -> tuple[Float[Tensor, "head d_model width"], Int[Tensor, " head"]]:
+) -> tuple[Float[Tensor, "head d_model d_head"], Int[Tensor, " head"]]:
     """Return orthonormal columns that span each head's, 0 past its rank, and the ranks."""
-    U, S, _ = torch.linalg.svd(weights, full_matrices=False)
+    values, vectors = torch.linalg.eigh(weights.mT @ weights)
     # Weights are known to float32 at best: what is this small beside the largest is rounding.
-    kept = (1e-6 * S[:, :1] < S) & (S > 0)
-    return U * kept[:, None], kept.sum(1)
+    kept = (values > 1e-12 * values[:, -1:]) & (values > 0)
+    scale = torch.where(kept, values, 1.0).rsqrt() * kept
+    return weights @ (vectors * scale[:, None]), kept.sum(1)
