@@ -322,8 +322,8 @@ def test_the_lens_sees_the_answer_where_the_last_head_of_the_circuit_writes_it(v
 def test_without_a_head_of_the_circuit_the_answer_is_lost_unless_another_does_the_same(which):
     model = known(*which)
     effect = mean_effect(mi.head_ablation(model.model, model.task(6)))
-    twice = {"redundant_pair": "previous_token", "backup_head": "induction"}.get(model.kind)
-    spare = {*model.circuit.get("backup", ()), *model.circuit.get(twice, ())}
+    also = {"redundant_pair": "previous_token", "backup_head": "induction"}
+    spare = {*model.circuit.get("backup", ()), *model.circuit.get(also.get(model.kind, ""), ())}
     for layer, head in model.patterns:
         changed = float(effect.sel(layer=layer, head=head)) != 0.0
         needed = (layer, head) in model.heads and (layer, head) not in spare
