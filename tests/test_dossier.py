@@ -47,6 +47,18 @@ def test_the_p_value_counts_random_sets_that_do_as_much():
     assert found.p == (1 + (random >= own).sum()) / 4
 
 
+def test_as_many_different_sets_as_asked_or_all_there_are():
+    model, task = zoo("gpt2"), second_copy(zoo("gpt2"), 3, 8, 1)
+    heads = [(0, 0), (1, 0), (2, 0)]  # 27 sets
+    for asked, there in ((5, 5), (13, 13), (26, 26), (27, 27), (40, 27)):
+        found = knock_out(model, task, heads, n_sets=asked)
+        assert len(set(found.data["set"].values)) == found.data.sizes["set"] == there
+        told = found.convention.settings
+        assert told["sets_asked"] == asked and told["sets_possible"] == 27
+        assert told["sets_different"] == there
+        assert found.smallest_p == 1 / (1 + there) <= found.p
+
+
 def test_the_second_copy_is_answered_by_what_came_next_the_first_time():
     model = zoo("gpt2")
     task = second_copy(model, 7, 9, 3)
