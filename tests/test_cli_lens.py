@@ -39,7 +39,7 @@ def test_single_neurons_are_read_out(tmp_path, capsys):
     asked = ("--site", "mlp_post", "--layers", "1", "--neurons", "3,7", "--out", str(out))
     assert run("lens", "embedded", "induction", "--n", "3", *asked) == 0
     assert "mlp_post, logit lens" in capsys.readouterr().out
-    assert list(mi.load_result(out).data["neuron"].values) == [3, 7]
+    assert list(mi.load_result(out).data["neuron"].values) == ["1.3", "1.7"]
 
 
 @pytest.mark.usefixtures("tiny")
