@@ -32,7 +32,8 @@ def test_heads_prints_a_table_per_kind_and_saves_scores_and_figure(tmp_path, cap
 def test_heads_reads_text_from_a_file(capsys):
     asked = ("--kinds", "rare_token", "--n", "2", "--nulls", "0")
     assert run("heads", "embedded", str(BOOK), *asked) == 0
-    assert "rare token (share of queries)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "rare token (share of queries)" in said and "\n\n" not in said
 
 
 def test_induction_prints_the_account_and_saves_the_dossier(tmp_path, capsys):
@@ -43,6 +44,7 @@ def test_induction_prints_the_account_and_saves_the_dossier(tmp_path, capsys):
     assert "second copy" in said and "nats at token 60 against token 20" in said
     assert (tmp_path / "found" / "dossier.png").stat().st_size > 5000
     assert (tmp_path / "found" / "account.txt").read_text().strip() in said
+    assert mi.InductionDossier.load(tmp_path / "found").settings["least"] == 0.1
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,7 @@ def test_induction_prints_the_account_and_saves_the_dossier(tmp_path, capsys):
         (("heads", "embedded", "--out", "heads.png"), "must end in .nc"),
         (("induction", "embedded", "--text", "nowhere.txt"), "nowhere.txt"),
         (("induction", "embedded", "--out", str(BOOK)), "is a file"),
+        (("induction", "embedded", "--length", "2"), "length=2 leaves too few"),
     ],
 )
 def test_wrong_arguments_are_one_clear_line(arguments, says, capsys):

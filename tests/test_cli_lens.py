@@ -26,10 +26,20 @@ def test_a_task_is_read_ranked_and_saved(tmp_path, capsys):
     out = tmp_path / "lens.nc"
     arguments = ("lens", "embedded", "induction", "--n", "3", "--layers", "0:3")
     assert run(*arguments, "--out", str(out)) == 0
-    assert "resid_post, logit lens" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resid_post, logit lens" in said and "Effect: logit_diff (nats of log-odds)" in said
     found = mi.load_result(out)
     assert isinstance(found, mi.LensResult)
     assert found.data.sizes["layer"] == 3 and out.with_suffix(".png").is_file()
+
+
+@pytest.mark.usefixtures("wordy")
+def test_single_neurons_are_read_out(tmp_path, capsys):
+    out = tmp_path / "neurons.nc"
+    asked = ("--site", "mlp_post", "--layers", "1", "--neurons", "3,7", "--out", str(out))
+    assert run("lens", "embedded", "induction", "--n", "3", *asked) == 0
+    assert "mlp_post, logit lens" in capsys.readouterr().out
+    assert list(mi.load_result(out).data["neuron"].values) == ["1.3", "1.7"]
 
 
 @pytest.mark.usefixtures("tiny")

@@ -187,3 +187,51 @@ def test_checkpoints_that_are_not_there_are_missed_at_once(tmp_path):
         mi.training_curve(tmp_path, text)
     with pytest.raises(FileNotFoundError, match="no folder"):
         mi.training_curve(tmp_path / "nowhere", text)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"early": 60, "late": 20}, "before late=20"),
+        ({"n_draws": 0}, "n_draws=0 must be at least 1"),
+        ({"late": 400}, "0 of 2 pieces have the 400 tokens"),
+    ],
+)
+def test_a_curve_that_cannot_be_drawn_is_refused_before_a_model_runs(asked, says, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model ran")
+
+    monkeypatch.setattr("mechinterp.heads.training.prefix_matching", refuse)
+    model = zoo("gpt2")
+    text = mi.Text.from_tokens(model, tokens(2, 24))
+    with pytest.raises(ValueError, match=says):
+        mi.training_curve({0: model}, text, **{"late": 20, "early": 4, "start": 0} | asked)
+
+
+def test_checkpoints_of_other_shapes_or_vocabularies_are_named():
+    other = zoo("gpt2")
+    model = mi.load_model(CHECKPOINTS / "step-00000")
+    text = mi.Text.from_tokens(model, [list(range(5, 29))] * 2)
+    with pytest.raises(ValueError, match="the checkpoint of step 7 has other layers, heads or"):
+        mi.training_curve({0: model, 7: other}, text, late=20, early=4, n_draws=1)
+    large = mi.Text.from_tokens(other, [list(range(70, 94))] * 2)
+    with pytest.raises(ValueError, match="tokens that this vocabulary of 64 has not"):
+        mi.training_curve({0: model}, large, late=20, early=4, n_draws=1)
+
+
+def test_no_special_token_is_among_the_random_ones_of_prefix_matching(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "mechinterp.heads.training.watched",
+        lambda model, prompts, kinds: (
+            seen.append(prompts) or {"induction": np.zeros((1, 3, 4))}
+        ),
+    )
+    model = with_tokenizer("llama")
+    model.cfg.n_ctx = 128
+    special = set(model.tokenizer.all_special_ids)
+    prefix_matching(model, [20], n=40, seed=0)
+    (prompts,) = seen
+    assert {row[0] for row in prompts.rows} == {20}
+    drawn = {token for row in prompts.rows for token in row[1:]}
+    assert len(special) > 1 and not drawn & {*special, 20}

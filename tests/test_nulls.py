@@ -14,6 +14,7 @@ from zoo import HF, NAMES, NATIVE, hf, tokenizer, tokens, zoo
 
 import mechinterp as mi
 from mechinterp.models import forward
+from mechinterp.nulls import different_random_heads
 from mechinterp.sites import n_heads
 
 model_of = cache(zoo)
@@ -174,6 +175,21 @@ def test_every_other_head_is_drawn_equally_often():
     assert counts[2] == 0 and all(abs(count - 1000) < 4 * 26 for count in counts[:2])
 
 
+def test_different_sets_are_drawn_without_replacement_and_all_equally_often():
+    given, model = [(1, 2), (2, 0)], model_of("gpt2")
+    for n in (4, 6):  # drawn until different; chosen among all nine
+        counts: dict[object, int] = {}
+        for seed in range(400):
+            found, possible = different_random_heads(model, given, n, seed)
+            assert possible == 9 and len(set(found)) == len(found) == n
+            for each in found:
+                counts[each] = counts.get(each, 0) + 1
+        assert len(counts) == 9
+        spread = (400 * n / 9 * (1 - n / 9)) ** 0.5
+        assert all(abs(count - 400 * n / 9) < 4 * spread for count in counts.values())
+    assert different_random_heads(model, given, 50)[1] == 9
+
+
 def test_negative_layers_and_heads_count_from_the_end():
     model = model_of("gpt2")
     assert mi.random_heads(model, [(-1, -1)], 5) == mi.random_heads(model, [(2, 3)], 5)
@@ -199,7 +215,7 @@ def test_layers_may_have_different_numbers_of_heads():
 @pytest.mark.parametrize(
     ("given", "n", "says"),
     [
-        ([], 1, "no heads to match"),
+        ([], 1, "there are no heads"),
         ([(0, 1)], 0, "n=0 draws no set"),
         ([(0, 9)], 1, r"head \(0, 9\) does not exist: layer 0 has heads 0..3"),
         ([(3, 0)], 1, "layer 3 does not exist"),

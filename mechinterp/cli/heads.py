@@ -49,8 +49,9 @@ def heads(
     tables = {kind: scores.top(5, metric=kind) for kind in scores.kinds}
     for kind, top in tables.items():
         print_table(f"{kind.replace('_', ' ')} ({scores.convention.metrics[kind]})", top)
-    for note in dict.fromkeys(top.attrs.get("note", "") for top in tables.values()):
-        typer.echo(note)
+    for note in dict.fromkeys(top.attrs.get("note") for top in tables.values()):
+        if note:
+            typer.echo(note)
     if out is not None:
         scores.save(out)
         save_figure(scores.figure(), out)
@@ -60,9 +61,12 @@ def heads(
 def induction(
     model: ModelArgument = "embedded",
     k: Annotated[int, typer.Option(help="How many candidate heads.")] = 5,
+    least: Annotated[
+        float, typer.Option(help="A head matches prefixes from so much attention above chance.")
+    ] = 0.1,
     n: Annotated[int, typer.Option(help="Draws of random tokens.")] = 50,
     length: Annotated[int, typer.Option(help="Different tokens of a draw.")] = 25,
-    sets: Annotated[int, typer.Option(help="Random sets of heads to compare with.")] = 1000,
+    sets: Annotated[int, typer.Option(help="Different random sets of heads.")] = 1000,
     prompts: Annotated[int, typer.Option(help="Prompts of knock-outs and paths.")] = 16,
     text: Annotated[
         Path | None, typer.Option(help="A .txt for the in-context-learning score.")
@@ -89,6 +93,7 @@ def induction(
         late=late,
         early=early,
         k=k,
+        least=least,
         n=n,
         length=length,
         n_sets=sets,

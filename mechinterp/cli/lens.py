@@ -1,7 +1,7 @@
 """The command that reads states out: lens, with --attribution for shares of the logits."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,9 +21,6 @@ from mechinterp.cli.shared import (
     show,
 )
 
-if TYPE_CHECKING:
-    pass
-
 
 @app.command()
 def lens(
@@ -33,10 +30,16 @@ def lens(
         typer.Argument(metavar="TASK", help="A built-in task, a .jsonl file or a .txt file."),
     ],
     site: Annotated[
-        str, typer.Option(help="resid_pre, resid_mid, resid_post, attn_out, mlp_out, result.")
+        str,
+        typer.Option(
+            help="resid_pre, resid_mid, resid_post, attn_out, mlp_out, result, mlp_post."
+        ),
     ] = "resid_post",
     layers: Layers = None,
     heads: Heads = None,
+    neurons: Annotated[
+        str | None, typer.Option(help="Neurons of mlp_post: 3, 1,4 or 0:6.")
+    ] = None,
     positions: Annotated[
         str | None,
         typer.Option(help="Where to read: the answer of a task, each of a text by default."),
@@ -64,6 +67,7 @@ def lens(
     read: dict[str, Any] = {
         "layers": read_integers("layers", layers),
         "heads": read_integers("heads", heads),
+        "neurons": read_integers("neurons", neurons),
         "positions": None if positions is None else read_positions(positions),
         "targets": targets or None,
     }

@@ -124,6 +124,7 @@ def show(result: "Result", title: str, out: Path | None, rows: int = 10) -> None
         for part in (
             f"{title}, {result.convention.data}" + (f": {about}" if about else ""),
             f"Mean {name} ({unit}): {', '.join(means)}" if means else "",
+            f"Effect: {'change of ' if means else ''}{name}" + (f" ({unit})" if unit else ""),
         )
         if part
     )

@@ -1,22 +1,30 @@
 """What the induction dossier says: one table, one account in words, one figure."""
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
-from mechinterp import plotting
 from mechinterp._files import written_beside
 from mechinterp.causal.patching_result import PatchingResult
 from mechinterp.heads.composition import Composition
+from mechinterp.heads.dossier_figure import draw
+from mechinterp.heads.dossier_table import NONE, VERDICTS, evidence, heads_that
 from mechinterp.heads.icl_result import IclResult
 from mechinterp.heads.knockout import KnockOut
 from mechinterp.heads.scores_result import HeadScores
+from mechinterp.inference import ALPHA
 from mechinterp.nulls import Head
+
+_FORMAT = 1
+_NUMBERS = ("induction", "p_adjusted", "copying", "ov_copying", "rise", "rise_low", "rise_high")
+_BY_WEIGHTS = ("k_partner", "k_composition", "k_partner_previous")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -32,6 +40,8 @@ class InductionDossier:
         loss: Along two copies of random tokens, in nats, on ``prompt`` and ``position``.
         icl: The in-context-learning score on text, where one was given.
         candidates: The heads, as pairs (layer, head).
+        settings: What was asked for, and how the candidates were ``"chosen"``: ``"given"``,
+            ``"matching"`` prefixes, or ``"nearest"`` to that where no head does.
     """
 
     scores: HeadScores
@@ -41,80 +51,98 @@ class InductionDossier:
     loss: xr.DataArray
     icl: IclResult | None
     candidates: tuple[Head, ...]
+    settings: Mapping[str, Any]
+
+    @property
+    def matching(self) -> list[Head]:
+        """All heads that match prefixes, the best first: candidates or not."""
+        return heads_that(self.scores, "induction", self.settings["least"])
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per candidate.
+        """Return one row per candidate: verdicts, then numbers.
+
+        Verdicts are ``"yes"``, ``"no"`` or, with too few prompts to tell, ``"unknown"``:
+        ``matches`` prefixes by the criterion; ``copies``: raises the logits of what it attends
+        to, significantly above untrained heads; ``path``: some earlier head's output reaches
+        its keys (max-T over all senders); ``from_previous``: that head attends to the token
+        before, by the same criterion; ``needed``: the second copy loses without it (max-T over
+        the candidates).
 
         ``rise``: nats that the second copy loses without it. ``k_partner`` is the head whose
         output its keys read most, by weights, with its previous-token score; ``path_partner``
-        the one whose patched output restores most through its keys, with the effect (nats).
+        the one whose patched output significantly restores most through its keys (or none),
+        with effect (nats), interval and p of the strongest sender, and that partner's
+        K-composition and rank among all earlier heads.
         """
-        means = self.scores.mean()
-        rise = self.knock_out.top(len(self.candidates)).set_index("place")
-        p_adjusted = self.scores.data["p_adjusted"].sel(kind="induction")
-        rows = []
-        for layer, head in self.candidates:
-            at = {"layer": layer, "head": head}
-            row = {
-                "head": f"{layer}.{head}",
-                "induction": float(means["induction"].sel(at)),
-                "p_adjusted": float(p_adjusted.sel(at)),
-                "copying": float(means["copying"].sel(at)),
-                "ov_copying": float(means["ov_copying"].sel(at)),
-                "rise": float(rise.loc[f"{layer}.{head}", "effect"]),
-                "rise_low": float(rise.loc[f"{layer}.{head}", "low"]),
-                "rise_high": float(rise.loc[f"{layer}.{head}", "high"]),
-            }
-            rows.append(row | self._partners(layer, head))
-        return pd.DataFrame(rows)
-
-    def _partners(self, layer: int, head: int) -> dict[str, object]:
-        found: dict[str, object] = {}
-        previous = self.scores.mean()["previous_token"]
-        by_weights = self.composition.partners(layer, head, "K", n=1)
-        if len(by_weights):
-            (a, b), (strength,) = (
-                by_weights[columns].to_numpy()[0].tolist()
-                for columns in (["layer", "head"], ["K"])
-            )
-            found["k_partner"] = f"{a}.{b}"
-            found["k_composition"] = strength
-            found["k_partner_previous"] = float(previous.sel(layer=a, head=b))
-        name = f"{layer}.{head}"
-        if self.paths is not None and name in self.paths.data["receiver"].values:
-            own = self.paths.effect.sel(receiver=name).mean("prompt")
-            i, j = np.unravel_index(int(np.nan_to_num(np.abs(own.values)).argmax()), own.shape)
-            a, b = int(own["layer"].values[i]), int(own["head"].values[j])
-            found["path_partner"] = f"{a}.{b}"
-            found["path_effect"] = float(own.values[i, j])
-            found["path_partner_previous"] = float(previous.sel(layer=a, head=b))
-        return found
+        parts = (self.scores, self.composition, self.knock_out, self.paths)
+        return evidence(self.candidates, *parts, self.settings["least"])
 
     def summary(self) -> str:
         """Return the account in words."""
-        table, lost = self.to_frame(), self.knock_out
+        table = self.to_frame()
         n = self.loss.sizes["position"] // 2
         first, second = (
             float(part.mean()) for part in (self.loss[:, 1:n], self.loss[:, n + 1 :])
         )
-        together, random = float(lost.data["together"].mean()), lost.data["random"].values
-        verdict = "stand out from" if lost.p < 0.05 else "do not stand out from"
-        names = ", ".join(table["head"])
         lines = [
             f"Induction in {self.scores.convention.model}",
             f"Loss on random tokens: {first:.2f} nats on the first copy, {second:.2f} on the "
             f"second; copying is worth {first - second:.2f}.",
-            f"Candidates: {names}; {len(self.scores.found('induction'))} heads match prefixes "
-            "more than untrained heads do.",
-            f"Without them the second copy loses {together:+.2f} nats, without as many random "
-            f"heads of the same layers {random.mean():+.2f} ({random.min():+.2f} to "
-            f"{random.max():+.2f}, {len(random)} different sets): they {verdict} random sets "
-            f"(p = {lost.p:.2g}).",
+            self._who(table),
+            *self._random_sets(),
+            *_disagreements(table),
             *self._on_text(),
             "",
-            table.round(3).to_string(index=False),
+            table[["head", *VERDICTS]].to_string(index=False),
+            *[f"  {name}: {meaning}" for name, meaning in VERDICTS.items()],
+            "",
+            _printed(table, _NUMBERS),
+            "",
+            _printed(table, _BY_WEIGHTS),
+            "",
+            _printed(table, [str(c) for c in table if str(c).startswith("path_")]),
         ]
         return "\n".join(lines)
+
+    def _who(self, table: pd.DataFrame) -> str:
+        names, least = ", ".join(table["head"]), self.settings["least"]
+        criterion = (
+            f"{least:g} of their attention more than untrained heads, significantly "
+            f"(p < {ALPHA})"
+        )
+        if self.matching:
+            return (
+                f"Candidates: {names}. {len(self.matching)} heads of this model match "
+                f"prefixes: {criterion}."
+            )
+        what = "Candidates" if self.settings["chosen"] == "given" else "Nearest to it"
+        return f"No head of this model matches prefixes: {criterion}. {what}: {names}."
+
+    def _random_sets(self) -> list[str]:
+        lost = self.knock_out
+        together, random = float(lost.data["together"].mean()), lost.data["random"].values
+        sets = [str(each).split() for each in lost.data["set"].values]
+        pool = {head for each in sets for head in each}
+        alike = pool & {f"{layer}.{head}" for layer, head in self.matching}
+        lines = [
+            f"Without them the second copy loses {together:+.2f} nats, without as many random "
+            f"heads of the same layers {random.mean():+.2f} ({random.min():+.2f} to "
+            f"{random.max():+.2f}, {len(random)} different sets of "
+            f"{lost.convention.settings['sets_possible']} possible).",
+            f"Of the {len(pool)} heads in those sets {len(alike)} match prefixes themselves.",
+        ]
+        p = f"p = {lost.p:.2g}; so many sets can give no p below {lost.smallest_p:.2g}"
+        if lost.smallest_p <= ALPHA:
+            verdict = "stand out" if lost.p < ALPHA else "do not stand out"
+            return [*lines, f"They {verdict} from random sets ({p})."]
+        few = len(random) == lost.convention.settings["sets_possible"]
+        do = (
+            "No more exist: these layers have too few other heads. Judge each candidate by its "
+            "own knock-out, or name candidates of other layers (heads=)."
+            if few
+            else f"Ask for at least n_sets={round(1 / ALPHA)}."
+        )
+        return [*lines, f"Whether they stand out from random sets cannot be told ({p}). {do}"]
 
     def _on_text(self) -> list[str]:
         if self.icl is None:
@@ -135,43 +163,98 @@ class InductionDossier:
 
     def figure(self) -> Figure:
         """Draw prefix matching, the loss along the copies, knock-outs and the keys' senders."""
-        layers = self.scores.data.sizes["layer"]
-        height = min(9.0, max(6.4, 4.4 + 0.14 * layers))
-        figure = plotting.new_figure(plotting.NOTEBOOK_WIDTH, height)
-        axes = figure.subplots(2, 2)
-        self.scores.plot(axes[0, 0], kind="induction")
-        mean, half = self.loss.mean("prompt"), self.loss.sizes["position"] // 2
-        ax = axes[0, 1]
-        ax.plot(np.arange(1, 1 + mean.size), mean.values, color=plotting.COLOURS[0])
-        ax.axvline(half + 0.5, color="0.6", linestyle="--", linewidth=0.8)
-        ax.set_xlabel("position (dashed: the second copy begins)")
-        ax.set_ylabel("loss (nats)")
-        ax.set_ylim(bottom=0)
-        ax.spines[["top", "right"]].set_visible(False)
-        plotting.title(ax, "loss along two copies", f"{self.loss.sizes['prompt']} prompts")
-        self.knock_out.plot(axes[1, 0])
-        if self.paths is not None:
-            self.paths.plot(axes[1, 1])
-            axes[1, 1].set_xlabel("candidate whose keys receive")
-        else:
-            axes[1, 1].set_axis_off()
-        return figure
+        return draw(self.scores, self.matching, self.loss, self.knock_out, self.paths)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the account, the figure and every result into a folder; return the folder."""
+        """Write the account, the figure and every result into a folder; return the folder.
+
+        ``load`` gives back an equal dossier. An older one in that folder is replaced.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        parts = {"scores": self.scores, "composition": self.composition}
-        parts |= {"knock_out": self.knock_out}
-        for name, part in parts.items():
-            part.save(folder / f"{name}.nc")
-        for name, part in (("paths", self.paths), ("icl", self.icl)):
-            if part is not None:
+        index = folder / "dossier.json"
+        index.unlink(missing_ok=True)  # what is half written is no dossier
+        for name in _PARTS:
+            part = getattr(self, name)
+            if part is None:
+                (folder / f"{name}.nc").unlink(missing_ok=True)
+            else:
                 part.save(folder / f"{name}.nc")
+        with written_beside(folder / "loss.nc") as part:
+            self.loss.to_netcdf(part, engine="h5netcdf")
         with written_beside(folder / "account.txt") as part:
             part.write_text(self.summary() + "\n", encoding="utf-8")
         with written_beside(folder / "heads.csv") as part:
             self.to_frame().to_csv(part, index=False)
         with written_beside(folder / "dossier.png") as part:
             self.figure().savefig(part, dpi=150, format="png", bbox_inches="tight")
+        told = {
+            "mechinterp_dossier": _FORMAT,
+            "candidates": self.candidates,
+            "settings": dict(self.settings),
+            "parts": [name for name in _PARTS if getattr(self, name) is not None],
+        }
+        with written_beside(index) as part:
+            part.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "InductionDossier":
+        """Return the dossier that ``save`` wrote into a folder.
+
+        Raises:
+            FileNotFoundError: There is no dossier, or one of its files is gone.
+            ValueError: A file is no part of a dossier.
+        """
+        folder = Path(folder)
+        index = folder / "dossier.json"
+        if not index.is_file():
+            raise FileNotFoundError(
+                f"there is no dossier in {folder}: dossier.json is missing."
+            )
+        told = json.loads(index.read_text(encoding="utf-8"))
+        if told.get("mechinterp_dossier") != _FORMAT:
+            raise ValueError(f"{index} is not a dossier of format {_FORMAT}.")
+        parts: dict[str, Any] = {
+            name: kind.load(folder / f"{name}.nc") if name in told["parts"] else None
+            for name, kind in _PARTS.items()
+        }
+        with xr.open_dataarray(folder / "loss.nc", engine="h5netcdf") as stored:
+            loss = stored.load().drop_encoding()
+        candidates = tuple((layer, head) for layer, head in told["candidates"])
+        return cls(**parts, loss=loss, candidates=candidates, settings=told["settings"])
+
+
+_PARTS: dict[str, Any] = {
+    "scores": HeadScores,
+    "composition": Composition,
+    "knock_out": KnockOut,
+    "paths": PatchingResult,
+    "icl": IclResult,
+}
+
+
+def _disagreements(table: pd.DataFrame) -> list[str]:
+    """Return a line for the candidates whose two partners are not the same head."""
+    told = [
+        f"{row['head']} (path {row['path_partner']}, rank {row['path_k_rank']:.0f} by weights; "
+        f"weights {row['k_partner']})"
+        for _, row in table.iterrows()
+        if row["path_partner"] not in (NONE, row["k_partner"])
+    ]
+    return [f"Paths and weights name different partners for {', '.join(told)}."] if told else []
+
+
+def _printed(table: pd.DataFrame, columns: Sequence[str]) -> str:
+    shown = table.filter(["head", *columns]).copy()
+    for column in shown:
+        if str(column) in ("p_adjusted", "path_p"):
+            shown[column] = [_p(value) for value in shown[column]]
+        elif str(column) == "path_k_rank":
+            shown[column] = ["" if pd.isna(rank) else f"{rank:.0f}" for rank in shown[column]]
+    return shown.round(3).to_string(index=False, na_rep="")
+
+
+def _p(value: float) -> str:
+    """Return a p-value that is never said to be 0."""
+    return "" if pd.isna(value) else "<0.001" if value < 0.001 else f"{value:.3f}"

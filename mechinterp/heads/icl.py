@@ -10,7 +10,7 @@ import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp.heads.icl_result import IclResult
-from mechinterp.models import fingerprint, tokenizer_of
+from mechinterp.models import fingerprint, is_causal, tokenizer_of
 from mechinterp.record import convention_of
 from mechinterp.tasks import Text, as_data
 
@@ -50,15 +50,7 @@ def icl_score(
             the model is no causal language model.
     """
     text = as_data(data, (Text,), "icl_score")
-    skipped = opening(model, text) if start is None else start
-    if not 1 <= early < late:
-        raise ValueError(f"early={early} must be at least 1 and before late={late}.")
-    if skipped < 0 or early + skipped < 2:
-        raise ValueError(
-            "nothing comes before the first token, so it has no loss. Pass early=2 or more, "
-            "or a text with a BOS (start= says how many tokens at the beginning are no text)."
-        )
-    chosen = _long_enough(model, text, late, skipped)
+    chosen, skipped = pieces(model, text, late=late, early=early, start=start)
     loss = chosen.loss(model, batch_size=batch_size).values[:, skipped:]
     common = int(chosen.prompts.lengths.min()) - skipped
     documents = [f"document {number}" for number in chosen.documents]
@@ -83,6 +75,35 @@ def icl_score(
             "icl_score", model, chosen, {"loss": "nats"}, fingerprint(model), settings
         ),
     )
+
+
+def pieces(
+    model: TransformerBridge, text: Text, *, late: int, early: int, start: int | None
+) -> tuple[Text, int]:
+    """Return the pieces that are scored, and how many tokens at their beginning are no text.
+
+    Raises:
+        ValueError: As ``icl_score``, before any forward pass.
+    """
+    check_tokens(late, early)
+    if not is_causal(model):
+        raise ValueError(
+            "loss per token is that of predicting the next one, but this model sees both "
+            "sides of a token. Use a causal language model."
+        )
+    skipped = opening(model, text) if start is None else start
+    if skipped < 0 or early + skipped < 2:
+        raise ValueError(
+            "nothing comes before the first token, so it has no loss. Pass early=2 or more, "
+            "or a text with a BOS (start= says how many tokens at the beginning are no text)."
+        )
+    return _long_enough(model, text, late, skipped), skipped
+
+
+def check_tokens(late: int, early: int) -> None:
+    """Raise a ``ValueError`` unless the early token comes before the late one."""
+    if not 1 <= early < late:
+        raise ValueError(f"early={early} must be at least 1 and before late={late}.")
 
 
 def opening(model: TransformerBridge, text: Text) -> int:

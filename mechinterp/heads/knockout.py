@@ -14,7 +14,7 @@ from mechinterp.engine import Cell
 from mechinterp.engine.calls import metrics_of_cells
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import resolve_metrics
-from mechinterp.nulls import Head, random_heads
+from mechinterp.nulls import Head, different_random_heads, resolved_heads
 from mechinterp.record import convention_of
 from mechinterp.results import Result
 from mechinterp.tasks import Task
@@ -39,11 +39,16 @@ class KnockOut(Result):
     def p(self) -> float:
         """How probable so large a rise is in random sets: (1 + as large) / (1 + sets).
 
-        Counted over different sets: there may be fewer of them than were drawn.
+        Counted over different sets. It is never below ``smallest_p``.
         """
         random = self.data["random"].values
         as_large = int((random >= float(self.data["together"].mean()) - 1e-9).sum())
         return (1 + as_large) / (1 + len(random))
+
+    @property
+    def smallest_p(self) -> float:
+        """The smallest p that so many sets can give."""
+        return 1 / (1 + self.data.sizes["set"])
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the random sets as a histogram, and the heads' own rise as a line."""
@@ -80,14 +85,15 @@ def knock_out(
         model: Left as it was.
         data: A task whose answer is what comes next; ``heads.copies.second_copy`` makes one.
         heads: The heads, as pairs (layer, head).
-        n_sets: How many random sets are drawn; those that come twice count once.
+        n_sets: How many different random sets; all that exist, where there are fewer.
         seed: Of the random sets.
 
     Raises:
-        ValueError: A layer has too few other heads to match with (see ``mi.random_heads``).
+        ValueError: There are no heads, one does not exist or is named twice, or a layer has too
+            few others to match with (see ``mi.random_heads``).
     """
-    chosen = list(heads)
-    different = sorted(set(random_heads(model, chosen, n_sets, seed)))
+    chosen = resolved_heads(model, heads)
+    different, possible = different_random_heads(model, chosen, n_sets, seed)
     layers = sorted({layer for layer, _ in chosen})
     means = HookManager(model).mean(data.clean, "z", layers=layers)
 
@@ -116,7 +122,11 @@ def knock_out(
         "place": [f"{layer}.{head}" for layer, head in chosen],
         "set": [_named(each) for each in different],
     }
-    settings = {"sets_drawn": n_sets}
+    settings = {
+        "sets_asked": n_sets,
+        "sets_different": len(different),
+        "sets_possible": possible,
+    }
     return KnockOut(
         xr.Dataset(arrays, coords),
         convention_of(

@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 from jaxtyping import Float
 from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp._progress import progress
-from mechinterp.heads.icl import icl_score, opening
+from mechinterp.heads.icl import check_tokens, icl_score, opening, pieces
 from mechinterp.heads.icl_result import IclResult
 from mechinterp.heads.training_result import TrainingCurve
 from mechinterp.heads.watching import watched
 from mechinterp.models import fingerprint, load_model
 from mechinterp.record import convention_of
-from mechinterp.sites import site_layers
-from mechinterp.tasks import Text, as_data
-from mechinterp.tasks.prompts import pad
+from mechinterp.sites import n_heads, site_layers
+from mechinterp.tasks import Text, as_data, repeated_tokens
 
 _LENGTH, _COPIES = 25, 4
 
@@ -58,11 +56,17 @@ def training_curve(
 
     Raises:
         TypeError: ``data`` is no ``Text``.
-        ValueError: There are no checkpoints, they differ in shape, the vocabulary is too small
-            for distinct random tokens, or the text too short (see ``mi.icl_score``).
+        ValueError: There are no checkpoints or no draws, the checkpoints differ in shape or
+            vocabulary, the vocabulary is too small for distinct random tokens, or the text too
+            short (see ``mi.icl_score``): before the first forward pass, or that of the
+            checkpoint that differs.
         FileNotFoundError: The folder does not exist.
     """
     text = as_data(data, (Text,), "training_curve")
+    check_tokens(late, early)
+    for name, value in (("n_draws", n_draws), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
     found = _by_step(models)
     asked: dict[str, Any] = {
         "late": late,
@@ -73,15 +77,23 @@ def training_curve(
     scores: list[IclResult] = []
     induction: list[np.ndarray] = []
     prints: dict[str, str] = {}
+    shape: tuple[int, ...] = ()
     model: Any = None  # the last one, after the loop
     for step, source in progress(found.items(), len(found), "checkpoints"):
         model = load_model(source)
-        induction.append(prefix_matching(model, _start(model, text, start), n_draws, seed))
-        if induction[-1].shape != induction[0].shape:
+        shape = shape or _shape(model)
+        if _shape(model) != shape:
             raise ValueError(
-                f"the checkpoint of step {step} has other layers or heads than the first. Pass "
-                "checkpoints of one training run."
+                f"the checkpoint of step {step} has other layers, heads or tokens than the "
+                "first. Pass checkpoints of one training run."
             )
+        if int(text.prompts.tokens.max()) >= model.cfg.d_vocab:
+            raise ValueError(
+                f"the text has tokens that this vocabulary of {model.cfg.d_vocab} has not. "
+                "Pass a text tokenised for these checkpoints."
+            )
+        pieces(model, text, late=late, early=early, start=start)
+        induction.append(prefix_matching(model, _start(model, text, start), n_draws, seed))
         scores.append(icl_score(model, text, **asked))
         prints[str(step)] = fingerprint(model)
     values = np.stack(induction)
@@ -124,19 +136,16 @@ def prefix_matching(
     model: TransformerBridge, start: list[int], n: int, seed: int
 ) -> Float[np.ndarray, "layer head"]:
     """Return each head's prefix-matching score by the protocol of Olsson et al. 2022."""
-    ordinary = [token for token in range(model.cfg.d_vocab) if token not in start]
-    if len(ordinary) < _LENGTH:
-        raise ValueError(
-            f"the score needs {_LENGTH} distinct random tokens, but this vocabulary has "
-            f"{len(ordinary)} besides the start token."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [
-        [ordinary[i] for i in torch.randperm(len(ordinary), generator=generator)[:_LENGTH]]
-        for _ in range(n)
-    ]
-    prompts = pad([start + row * _COPIES for row in drawn])
+    prompts = repeated_tokens(
+        model, n, _LENGTH, copies=_COPIES, distinct=True, start=start, seed=seed
+    )
     return watched(model, prompts, ["induction"])["induction"].mean(0)
+
+
+def _shape(model: TransformerBridge) -> tuple[int, ...]:
+    """Return the size of the vocabulary and the number of heads of every layer."""
+    layers = site_layers(model, "pattern")
+    return model.cfg.d_vocab, *(n_heads(model, "z", layer) for layer in layers)
 
 
 def _start(model: TransformerBridge, text: Text, start: int | None) -> list[int]:

@@ -1,5 +1,7 @@
 """Random tokens that repeat: the task of induction heads, and prompts for finding them."""
 
+from collections.abc import Sequence
+
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -74,12 +76,14 @@ def repeated_tokens(
     *,
     copies: int = 2,
     distinct: bool = False,
+    start: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Prompts:
     """Return prompts of ``length`` random tokens, ``copies`` times over, after a BOS.
 
     The tokens are drawn independently among those that are not special; with ``distinct``, no
-    token occurs twice in a copy. A model without a BOS gets none.
+    token occurs twice in a copy. A model without a BOS gets none. With ``start``, these tokens
+    stand there instead, and none of them is drawn.
 
     Raises:
         ValueError: A number is not positive, the prompts do not fit the context, or the
@@ -87,7 +91,10 @@ def repeated_tokens(
     """
     if min(n, length, copies) < 1:
         raise ValueError(f"n={n}, length={length} and copies={copies} must all be at least 1.")
-    ids = torch.tensor(_ordinary_ids(model))
+    first, bos = _beginning(model)
+    if start is not None:
+        first, bos = list(start), "prepended" if start else "none"
+    ids = torch.tensor([i for i in _ordinary_ids(model) if i not in set(start or ())])
     if distinct and length > len(ids):
         raise ValueError(
             f"{length} different tokens cannot be drawn from the {len(ids)} ordinary ones of "
@@ -99,7 +106,6 @@ def repeated_tokens(
         drawn = drawn[:, :length]
     else:
         drawn = torch.randint(len(ids), (n, length), generator=generator)
-    first, bos = _beginning(model)
     rows = ids[drawn].tolist()
     return as_prompts(model, pad([[*first, *row * copies] for row in rows], bos=bos))
 
