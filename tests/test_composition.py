@@ -86,3 +86,12 @@ def test_a_pair_that_is_made_to_compose_comes_first():
     table = mi.composition(model).top(1, metric="K")
     row = table.iloc[0]
     assert (row["sender_layer"], row["sender_head"], row["layer"], row["head"]) == (0, 1, 1, 2)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_half_precision_composes_as_its_weights_do_in_full(name):
+    half = zoo(name, torch.bfloat16)
+    found = mi.composition(half)
+    full = mi.composition(zoo(name))
+    assert found.convention.dtype == "bfloat16"
+    np.testing.assert_allclose(found.effect, full.effect, atol=2e-3)

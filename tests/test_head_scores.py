@@ -12,6 +12,7 @@ from zoo import tokens, zoo
 
 import mechinterp as mi
 from mechinterp.heads.copying import Unembedding, copying, ov_copying, writing_weights
+from mechinterp.heads.kinds import KINDS
 from mechinterp.heads.patterns import PATTERNS, Seen
 from mechinterp.heads.words import head_logits
 from mechinterp.models import is_causal
@@ -271,6 +272,27 @@ def test_words_and_needles_are_scored_on_the_embedded_model():
     assert np.isnan(found["successor"].values[:, 0]).all()
     both = found["name_mover"].values + found["negative_name_mover"].values
     assert np.nanmax(both) <= 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_half_precision_scores_as_its_weights_do_in_full(name):
+    half, full = zoo(name, torch.bfloat16), zoo(name)
+    kinds = [kind for kind, what in KINDS.items() if what.source not in ("words", "needle")]
+    rows = [[1, 5, 9, 5, 9, 5, 2, 8, 3, 4], [1, 3, 3, 4, 3]]
+    found, expected = (
+        mi.head_scores(model, mi.Text.from_tokens(model, rows), kinds=kinds, nulls=0).mean()
+        for model in (half, full)
+    )
+    for kind in set(kinds) - {"positional", "rare_token"}:  # those count strongest keys
+        np.testing.assert_allclose(found[kind], expected[kind], atol=0.05, err_msg=kind)
+    assert np.isfinite(found["positional"]).all()
+
+
+def test_half_precision_has_words_and_needles_too():
+    model = mi.load_model("embedded", dtype=torch.bfloat16)
+    kinds = ["retrieval", "name_mover", "negative_name_mover", "successor"]
+    found = mi.head_scores(model, kinds=kinds, nulls=0).mean()
+    assert all(np.isfinite(found[kind].values[1:]).all() for kind in kinds)
 
 
 # ------------------------------------------------------------------------------- bad input

@@ -91,9 +91,17 @@ def composition(model: TransformerBridge) -> Composition:
     ``W_O``. The baseline is ``1/sqrt(d_model)``: the root mean square over all rotations of
     one head's weights against the other's.
 
+    What weights alone cannot say is left out: rotary turns of queries and keys, norms of
+    queries and keys, and biases. Computed in float32 at least.
+
     Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
+
+    Raises:
+        ValueError: No layer of the model has attention heads.
     """
     layers = site_layers(model, "z")
+    if not layers:
+        raise ValueError(f"{model.cfg.model_name} has no attention heads, so none compose.")
     parts = [_parts(model, layer) for layer in layers]
     heads = max(len(part.write) for part in parts)
     d_model = parts[0].write.shape[-1]
@@ -166,7 +174,11 @@ def _root(matrix: Float[Tensor, "head d_model d_head"]) -> Float[Tensor, "head d
 
 
 def _scaled(weight: Tensor) -> Tensor:
-    """Return weights over their largest: scores do not change, and no product overflows."""
+    """Return weights over their largest: scores do not change, and no product overflows.
+
+    In float32 at least: below that torch has no QR decomposition.
+    """
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     tiny = torch.finfo(weight.dtype).tiny
     return weight / weight.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)
 
