@@ -68,3 +68,13 @@ def _over_mean(apart: Float[np.ndarray, "head head"]) -> Float[np.ndarray, "head
     """Return distances over their mean; over 1 where all are 0."""
     mean = float(apart[np.triu_indices(len(apart), 1)].mean())
     return apart / (mean or 1.0)
+
+
+def clustered_by(view: str) -> str:
+    """Return the distance that orders the heads in a picture of a view."""
+    return "mean" if view in ("redundancy", "interaction") else view
+
+
+def is_signed(view: str) -> bool:
+    """Return whether a view has values below 0."""
+    return view in ("cosine", "interaction", "redundancy")
