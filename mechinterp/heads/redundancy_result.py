@@ -17,6 +17,7 @@ from mechinterp.heads.redundancy_distance import (
     distances,
     is_signed,
     reads,
+    said_of,
 )
 from mechinterp.heads.redundancy_plot import clustered_figure, clustered_grid
 from mechinterp.heads.redundancy_tree import Tree
@@ -187,7 +188,7 @@ class RedundancyAtlas(Result):
         first = [column for column in table.columns if column == view]
         others = [column for column in table.columns[2:] if column not in first]
         table = NotedFrame(table[["head_a", "head_b", *first, *others]])
-        table.attrs["note"] = self._said()
+        table.attrs["note"] = said_of(self.data, self.convention.settings)
         return table
 
     def to_frame(self) -> pd.DataFrame:
@@ -284,22 +285,9 @@ class RedundancyAtlas(Result):
         others = views.drop(columns=["head_a", "head_b", "interaction"])
         joined = NotedFrame(pd.concat([first, said, others], axis=1))
         joined.attrs["note"] = "\n".join(
-            filter(None, [table.attrs.get("note", ""), self._said()])
+            filter(
+                None,
+                [table.attrs.get("note", ""), said_of(self.data, self.convention.settings)],
+            )
         )
         return joined
-
-    def _said(self) -> str:
-        told = self.convention.settings
-        expected = float(self.data["write_expected"].median())
-        lines = [
-            f"js: {told['queries']} queries. cka, cosine: {told['tokens']} tokens. Random "
-            f"subspaces overlap by {expected:.3g}."
-        ]
-        if told["tokens"] < 4 * told["d_head"]:
-            lines.append(
-                f"{told['tokens']} tokens are few for d_head {told['d_head']}: CKA is high for "
-                "any two heads."
-            )
-        if bool(self.data["shared_kv"].values[np.triu_indices(len(self.heads), 1)].any()):
-            lines.append("Heads that share keys and values have read_k = read_v = 1.")
-        return "\n".join(lines)
