@@ -1,5 +1,8 @@
 """How far two heads are apart by each view of the redundancy atlas."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import xarray as xr
 from jaxtyping import Float
@@ -68,3 +71,30 @@ def _over_mean(apart: Float[np.ndarray, "head head"]) -> Float[np.ndarray, "head
     """Return distances over their mean; over 1 where all are 0."""
     mean = float(apart[np.triu_indices(len(apart), 1)].mean())
     return apart / (mean or 1.0)
+
+
+def clustered_by(view: str) -> str:
+    """Return the distance that orders the heads in a picture of a view."""
+    return "mean" if view in ("redundancy", "interaction") else view
+
+
+def is_signed(view: str) -> bool:
+    """Return whether a view has values below 0."""
+    return view in ("cosine", "interaction", "redundancy")
+
+
+def said_of(data: xr.Dataset, told: Mapping[str, Any]) -> str:
+    """Return the lines below a table of pairs: over how much, by chance, by construction."""
+    expected = float(data["write_expected"].median())
+    lines = [
+        f"js: {told['queries']} queries. cka, cosine: {told['tokens']} tokens. Random "
+        f"subspaces overlap by {expected:.3g}."
+    ]
+    if told["tokens"] < 4 * told["d_head"]:
+        lines.append(
+            f"{told['tokens']} tokens are few for d_head {told['d_head']}: CKA is high for "
+            "any two heads."
+        )
+    if int(data["shared_kv"].sum()) > data.sizes["head_a"]:
+        lines.append("Heads that share keys and values have read_k = read_v = 1.")
+    return "\n".join(lines)

@@ -9,7 +9,16 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mechinterp.heads.redundancy_distance import READS, TITLES, UNITS, distances, reads
+from mechinterp.heads.redundancy_distance import (
+    READS,
+    TITLES,
+    UNITS,
+    clustered_by,
+    distances,
+    is_signed,
+    reads,
+    said_of,
+)
 from mechinterp.heads.redundancy_plot import clustered_figure, clustered_grid
 from mechinterp.heads.redundancy_tree import Tree
 from mechinterp.names import unknown
@@ -179,7 +188,7 @@ class RedundancyAtlas(Result):
         first = [column for column in table.columns if column == view]
         others = [column for column in table.columns[2:] if column not in first]
         table = NotedFrame(table[["head_a", "head_b", *first, *others]])
-        table.attrs["note"] = self._said()
+        table.attrs["note"] = said_of(self.data, self.convention.settings)
         return table
 
     def to_frame(self) -> pd.DataFrame:
@@ -203,18 +212,17 @@ class RedundancyAtlas(Result):
 
         Interaction has no distance: heads stand in the order by the mean of the other views.
         """
-        values, label, note = self._drawn(view)
-        order = self.tree(_clustered_by(view)).leaves
-        what = f"{TITLES.get(view, view).split(' (')[0]} · {self.convention.data}"
-        return clustered_grid(values, order, ax, label, _signed(view), what, note)
+        values, label, title, note = self._drawn(view)
+        order = self.tree(clustered_by(view)).leaves
+        return clustered_grid(values, order, ax, label, is_signed(view), title, note)
 
     def figure(self, view: str = "redundancy") -> Figure:
         """Draw a view of all pairs as ``plot`` does, with the tree of clusters beside it."""
-        values, label, note = self._drawn(view)
-        by = _clustered_by(view)
-        what = f"{TITLES.get(view, view).split(' (')[0]} · {self.convention.data}"
+        values, label, title, note = self._drawn(view)
+        by = clustered_by(view)
         name = "distance, mean of views" if by == "mean" else f"distance by {by}"
-        return clustered_figure(values, self.tree(by), label, _signed(view), what, note, name)
+        tree = self.tree(by)
+        return clustered_figure(values, tree, label, is_signed(view), title, note, name)
 
     def tree(self, view: str = "mean") -> Tree:
         """Return the merge tree by a view, see ``clusters``."""
@@ -223,14 +231,15 @@ class RedundancyAtlas(Result):
             worth = np.abs(self.data["alone"].mean("prompt").values)
         return Tree(distances(self.data, view), worth)
 
-    def _drawn(self, view: str) -> tuple[xr.DataArray, str, str]:
-        values = self.matrix(view)
-        note = [f"{len(self.heads)} heads of {self.convention.model}", *self._notes(view)]
+    def _drawn(self, view: str) -> tuple[xr.DataArray, str, str, str]:
+        values, told = self.matrix(view), self.convention.settings
+        label = TITLES.get(view, view)
         if view == "interaction":
-            unit = self.convention.settings["interaction_unit"] or "metric"
-            name = self.convention.settings["interaction_metric"]
-            return values, f"interaction on {name} ({unit})", "; ".join(note)
-        return values, TITLES[view], "; ".join(note)
+            unit = told["interaction_unit"] or "metric"
+            label = f"interaction on {told['interaction_metric']} ({unit})"
+        title = f"{label.split(' (')[0]} · {self.convention.data}"
+        note = [f"{len(self.heads)} heads of {self.convention.model}", *self._notes(view)]
+        return values, label, title, "; ".join(note)
 
     def _notes(self, view: str) -> list[str]:
         told = self.convention.settings
@@ -276,30 +285,9 @@ class RedundancyAtlas(Result):
         others = views.drop(columns=["head_a", "head_b", "interaction"])
         joined = NotedFrame(pd.concat([first, said, others], axis=1))
         joined.attrs["note"] = "\n".join(
-            filter(None, [table.attrs.get("note", ""), self._said()])
+            filter(
+                None,
+                [table.attrs.get("note", ""), said_of(self.data, self.convention.settings)],
+            )
         )
         return joined
-
-    def _said(self) -> str:
-        told = self.convention.settings
-        expected = float(self.data["write_expected"].median())
-        lines = [
-            f"js: {told['queries']} queries. cka, cosine: {told['tokens']} tokens. Random "
-            f"subspaces overlap by {expected:.3g}."
-        ]
-        if told["tokens"] < 4 * told["d_head"]:
-            lines.append(
-                f"{told['tokens']} tokens are few for d_head {told['d_head']}: CKA is high for "
-                "any two heads."
-            )
-        if bool(self.data["shared_kv"].values[np.triu_indices(len(self.heads), 1)].any()):
-            lines.append("Heads that share keys and values have read_k = read_v = 1.")
-        return "\n".join(lines)
-
-
-def _clustered_by(view: str) -> str:
-    return "mean" if view in ("redundancy", "interaction") else view
-
-
-def _signed(view: str) -> bool:
-    return view in ("cosine", "interaction", "redundancy")

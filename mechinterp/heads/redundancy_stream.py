@@ -1,6 +1,7 @@
 """Streaming prompts through the model for the redundancy atlas, within a memory budget."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -108,6 +109,14 @@ def watch(
     return Watched(divergence.mean(), found, cosine.mean(), moments.n, len(groups))
 
 
+class _SeenAll(Exception):
+    """Ends a run: all that is wanted has passed."""
+
+
+def _stop(_: Tensor) -> None:
+    raise _SeenAll
+
+
 class _Run:
     """Runs some prompts and gives the patterns of some queries, and ``z`` in chunks."""
 
@@ -143,7 +152,9 @@ class _Run:
             if with_z:
                 see = partial(self._see_z, seen=z, layer=layer, rows=rows)
                 put.append((("z", layer), see))
-        observe(self.model, self.prompts, rows, [], put=put)
+        put.append((("z", self.layers[-1]), _stop))  # MLP and unembedding are not needed
+        with suppress(_SeenAll):
+            observe(self.model, self.prompts, rows, [], put=put)
         for site, seen, asked in (("pattern", patterns, len(queries)), ("z", z, with_z)):
             if asked and (missed := sorted(set(self.layers) - set(seen))):
                 raise HookNotFiredError(

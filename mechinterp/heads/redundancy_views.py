@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 _CACHED = 2**18  # numbers in a block of patterns that is gone through pair by pair
+_BLOCK = 64  # heads against those from them on, in one product
 _LEAST = 1e-30  # stands for 0 in logarithms: 1e-30 * log(1e-30) is nothing
 _CONSTANT = 1e-10  # share of variance in the second moment that is rounding
 
@@ -66,7 +67,7 @@ class Cosine:
         self.W_O = W_O.to(dtype)
         heads, _, d_model = W_O.shape
         told = {"dtype": torch.float64, "device": W_O.device}
-        self.sum, self.tokens = torch.zeros(heads, heads, **told), torch.zeros(heads, **told)
+        self.sum = torch.zeros(heads, heads, **told)
         self.both = torch.zeros(heads, heads, **told)
         self.step = max(1, min(512, budget // (3 * heads * d_model * self.W_O.itemsize)))
 
@@ -77,15 +78,16 @@ class Cosine:
             norm = torch.linalg.vector_norm(out, dim=-1, keepdim=True)
             there = norm > 0
             out = (out / torch.where(there, norm, 1.0)).flatten(1)
-            self.sum += (out @ out.T).double()
+            for start in range(0, len(out), _BLOCK):  # not below the diagonal
+                rows = slice(start, start + _BLOCK)
+                self.sum[rows, start:] += (out[rows] @ out[start:].T).double()
             there = there[..., 0].double()
             self.both += there @ there.T
 
     def mean(self) -> Float[np.ndarray, "head head"]:
         """Return the mean over tokens, NaN where one of two heads never writes anything."""
-        mean = (self.sum / self.both).clamp(-1, 1)  # 0 / 0 is NaN
-        mean.diagonal()[self.both.diagonal() > 0] = 1.0
-        return ((mean + mean.T) / 2).cpu().numpy()
+        total = self.sum.triu(1) + self.sum.triu(1).T + self.both.diagonal().diag()
+        return (total / self.both).clamp(-1, 1).cpu().numpy()  # 0 / 0 is NaN
 
 
 class Moments:
