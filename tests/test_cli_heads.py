@@ -22,7 +22,7 @@ def test_heads_prints_a_table_per_kind_and_saves_scores_and_figure(tmp_path, cap
     assert run("heads", "embedded", *asked) == 0
     said = capsys.readouterr().out
     assert "induction (share of attention)" in said and "previous token" in said
-    assert "against untrained heads, Holm over 32 heads" in said
+    assert "p_adjusted: against them, Holm over 32 heads" in said
     found = mi.load_result(out)
     assert isinstance(found, mi.HeadScores)
     assert found.kinds == ["induction", "previous_token"]

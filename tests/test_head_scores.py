@@ -6,14 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom, ttest_ind
 from zoo import tokens, zoo
 
 import mechinterp as mi
 from mechinterp.heads.copying import Unembedding, copying, ov_copying, writing_weights
 from mechinterp.heads.kinds import KINDS
-from mechinterp.heads.patterns import PATTERNS, Seen
+from mechinterp.heads.null import SMALLEST, null_p
+from mechinterp.heads.patterns import PATTERNS, Seen, distances, share_at_commonest
 from mechinterp.heads.words import head_logits
 from mechinterp.models import is_causal
 from mechinterp.tasks import repeated_tokens
@@ -43,7 +46,7 @@ def looped(kind: str, pattern: torch.Tensor, seen: Seen, b: int, h: int) -> floa
     ids, length = seen.tokens[b].tolist(), int(seen.mask[b].sum())
     counts = seen.counts
     assert counts is not None
-    found, distances = [], []
+    found = []
     for q in range(1, length):
         row = pattern[b, h, q].tolist()
         keys = range(q + 1 if seen.causal else length)
@@ -63,16 +66,12 @@ def looped(kind: str, pattern: torch.Tensor, seen: Seen, b: int, h: int) -> floa
         elif kind == "local":
             if any(abs(q - k) > 4 for k in keys):
                 found.append(sum(row[k] for k in keys if abs(q - k) <= 4))
-        elif kind == "positional":
-            distances.append(max(keys, key=lambda k: row[k]) - q)
         elif kind == "rare_token":
             others = [k for k in keys if k > 0]
             if len(others) > 1:
                 best = max(others, key=lambda k: row[k])
                 rarest = min(int(counts[ids[k]]) for k in others)
                 found.append(float(counts[ids[best]] == rarest))
-    if kind == "positional":
-        return max(distances.count(d) for d in distances) / len(distances)
     return float(np.mean(found)) if found else math.nan
 
 
@@ -87,6 +86,36 @@ def test_each_pattern_score_agrees_with_a_plain_loop(kind, causal, seed):
         for h in range(3):
             expected = looped(kind, pattern, seen, b, h)
             assert float(found[b, h]) == pytest.approx(expected, abs=1e-5, nan_ok=True)
+
+
+@given(seed=seeds)
+def test_positional_agrees_with_a_plain_loop_over_all_prompts(seed):
+    seen = some_seen(seed)
+    strongest = distances(a_pattern(seen, 3, seed))
+    pattern = a_pattern(seen, 3, seed)
+    found = share_at_commonest(strongest, seen.queries)
+    for h in range(3):
+        looks = [
+            [max(range(q + 1), key=lambda k, q=q, b=b: float(pattern[b, h, q, k])) - q]
+            for b in range(2)
+            for q in range(1, int(seen.mask[b].sum()))
+        ]
+        flat = [look for row in looks for look in row]
+        most = max(flat.count(each) for each in flat)
+        modes = {each for each in flat if flat.count(each) == most}
+        lengths = (seen.mask.sum(1) - 1).tolist()
+        by_prompt = [flat[: lengths[0]], flat[lengths[0] :]]
+        options = [[row.count(m) / len(row) for row in by_prompt] for m in modes]
+        assert any(found[:, h].tolist() == pytest.approx(each) for each in options)
+
+
+def test_a_head_that_looks_elsewhere_in_every_prompt_is_not_positional():
+    queries = torch.ones(4, 6, dtype=torch.bool)
+    queries[:, 0] = False
+    elsewhere = -torch.arange(4)[:, None, None].expand(4, 1, 6)
+    before = torch.full((4, 1, 6), -1)
+    found = share_at_commonest(torch.cat([elsewhere, before], 1), queries)
+    assert found.mean(0).tolist() == pytest.approx([0.25, 1.0])
 
 
 @given(seed=seeds)
@@ -220,14 +249,78 @@ def test_the_protocol_of_olsson_is_the_default():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
-def test_untrained_models_have_no_discoveries(name):
-    trained = zoo(name)
-    discoveries = 0
-    for seed in range(6):
+def test_untrained_models_yield_discoveries_no_oftener_than_promised(name):
+    trained, families, wrong = zoo(name), 0, 0
+    for seed in range(12):
         untrained = mi.random_init(trained, seed=50 + seed)
-        found = mi.head_scores(untrained, n=10, length=8, copies=3, nulls=4, seed=seed)
-        discoveries += int((found.data["p_adjusted"] < 0.01).sum())
-    assert discoveries == 0
+        found = mi.head_scores(untrained, n=20, length=10, copies=3, seed=seed)
+        families += len(found.kinds)
+        wrong += sum(
+            float(found.data["p_adjusted"].sel(kind=k).min()) < 0.05 for k in found.kinds
+        )
+    assert wrong <= binom.ppf(0.99, families, 0.05)  # one untrained model to compare with
+
+
+def test_p_values_are_those_of_welch_between_the_heads_and_the_prompts():
+    generator = np.random.default_rng(0)
+    untrained = generator.normal(0.2, 0.05, 12)
+    prompts = generator.normal(0.3, 0.02, 5)
+    error = prompts.std(ddof=1) / np.sqrt(5)
+    one = np.ones((1, 1))
+    p = null_p(prompts.mean() * one, error * one, 5 * one.astype(int), untrained, False)
+    widened = 0.2 + 0 * untrained  # a sample whose mean has the error of one more head
+    among = untrained.var(ddof=1) * (1 + 1 / 12)
+    widened = untrained.mean() + (untrained - untrained.mean()) * np.sqrt(12 + 1)
+    assert widened.var(ddof=1) / 12 == pytest.approx(among)
+    welch: Any = ttest_ind(prompts, widened, equal_var=False, alternative="greater")
+    assert float(p[0, 0]) == pytest.approx(float(welch.pvalue))
+
+
+def test_p_values_stop_where_tails_would_be_extrapolated_too_far():
+    one = np.ones((1, 1))
+    spread = np.random.default_rng(0).normal(0, 0.01, 40)
+    p = null_p(0.9 * one, 0 * one, one.astype(int), spread, False)
+    assert float(p[0, 0]) == SMALLEST
+
+
+def test_one_prompt_has_scores_but_no_p_values_and_says_so():
+    text = mi.Text.from_tokens(zoo("gpt2"), [[1, 5, 9, 5, 9, 5, 2, 7]])
+    found = mi.head_scores(zoo("gpt2"), text, kinds=["induction", "ov_copying"])
+    assert found.data["p"].sel(kind="induction").isnull().all()
+    assert found.data["p"].sel(kind="ov_copying").notnull().all()
+    assert found.found("induction") == []
+    assert "No p-values: one prompt" in found.top(3).attrs["note"]
+
+
+def test_a_difference_too_small_to_matter_can_be_left_out():
+    found = mi.head_scores(mi.load_model("embedded"), n=20, kinds="induction")
+    sure, large = found.found("induction"), found.found("induction", least=0.1)
+    assert len(sure) > len(large) > 0
+    assert set(large) == {h for h in sure if float(found["induction"].mean("prompt")[h]) >= 0.1}
+
+
+def test_nothing_is_unembedded_for_patterns():
+    model = zoo("gpt2")
+    expected = mi.head_scores(model, n=4, length=6, nulls=0).mean()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("logits were computed")
+
+    handle = model.unembed.register_forward_pre_hook(refuse)
+    try:
+        found = mi.head_scores(model, n=4, length=6, nulls=0).mean()
+    finally:
+        handle.remove()
+    assert found.identical(expected)
+
+
+def test_memory_bounds_how_many_prompts_run_at_once_and_changes_no_score():
+    model = zoo("qwen3")
+    whole = mi.head_scores(model, n=12, length=8, nulls=0).mean()
+    split = mi.head_scores(model, n=12, length=8, nulls=0, memory="1MB").mean()
+    xr.testing.assert_allclose(whole, split, atol=1e-6)
+    with pytest.raises(ValueError, match=r"too small to watch one prompt of 32 tokens.*Allow"):
+        mi.head_scores(model, n=12, length=8, nulls=0, memory="20KB")
 
 
 def test_the_embedded_model_has_induction_heads_and_says_so():
@@ -236,8 +329,8 @@ def test_the_embedded_model_has_induction_heads_and_says_so():
     heads = found.found("induction")
     assert {(1, 4), (1, 5), (1, 7)} <= set(heads)
     table = found.top(3, metric="induction")
-    assert bool((table["p_adjusted"] < 1e-6).all())
-    assert "untrained" in table.attrs["note"]
+    assert bool((table["p_adjusted"] < 1e-4).all())
+    assert "Untrained heads score 0.0" in table.attrs["note"]
     assert found.found("previous_token")[0] == (2, 0)
 
 
@@ -325,3 +418,39 @@ def test_kinds_that_a_model_cannot_have_say_why():
         mi.head_scores(zoo("gpt2"), copies=1)
     with pytest.raises(TypeError, match="head_scores takes a Text"):
         mi.head_scores(zoo("gpt2"), tokens(2, 5))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"nulls": -1}, "nulls=-1"),
+        ({"length": 60}, r"240 tokens.*holds 63 beside.*length=15 or less"),
+        ({"kinds": "entropy", "data": [[3]]}, "entropy cannot be scored: it needs at least 2"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_any_run(asked, message, monkeypatch):
+    model = zoo("gpt2")
+    if "data" in asked:
+        asked = asked | {"data": mi.Text.from_tokens(model, asked["data"])}
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(model, "forward", refuse)
+    with pytest.raises(ValueError, match=message):
+        mi.head_scores(model, **asked)
+
+
+def test_a_model_too_small_for_a_haystack_says_what_it_would_need(monkeypatch):
+    model = mi.load_model("embedded")
+    monkeypatch.setattr(model.cfg, "n_ctx", 20)
+    with pytest.raises(ValueError, match=r"context of 26 tokens.*this model has 20 and \d+"):
+        mi.head_scores(model, kinds="retrieval", length=4, copies=2)
+
+
+def test_a_tokenizer_without_words_in_sequence_says_so_before_any_run(monkeypatch):
+    model = mi.load_model("embedded")
+    monkeypatch.setattr("mechinterp.heads.words.single_tokens", lambda *_: {})
+    monkeypatch.setattr(model, "forward", None)
+    with pytest.raises(ValueError, match=r"single tokens here.*Leave kind 'successor' out"):
+        mi.head_scores(model, kinds=["induction", "successor"])

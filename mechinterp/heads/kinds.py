@@ -40,7 +40,7 @@ KINDS: dict[str, Kind] = {
     "negative_name_mover": Kind("share of names", "words"),
     "successor": Kind("share of words", "words"),
 }
-assert set(PATTERNS) <= set(KINDS)
+assert {*PATTERNS, "positional"} == {k for k, w in KINDS.items() if w.source == "pattern"}
 
 
 def check_kinds(kinds: str | list[str] | tuple[str, ...]) -> list[str]:

@@ -9,18 +9,31 @@ from transformer_lens.model_bridge import TransformerBridge
 from mechinterp.hooks.observing import observe
 from mechinterp.sites import site_layers
 from mechinterp.tasks import Prompts
-from mechinterp.tasks.induction import repeated_tokens
+from mechinterp.tasks.induction import ordinary_ids, repeated_tokens
 from mechinterp.tasks.prompts import pad
 
 NEEDLE, HAYSTACK = 8, 96  # tokens
+_LOGITS = 2**28  # bytes of a batch's logits
 
 
 def needles(model: TransformerBridge, n: int, seed: int) -> tuple[Prompts, list[int]]:
     """Return prompts that end with a needle from their middle, and where it began.
 
     Different random tokens; ``NEEDLE`` of them in a row stand once more at the end.
+
+    Raises:
+        ValueError: The context or the vocabulary is too small for a haystack.
     """
-    room = min(HAYSTACK, model.cfg.n_ctx - NEEDLE - 1)
+    context, words = model.cfg.n_ctx - NEEDLE - 1, len(ordinary_ids(model))
+    room = min(HAYSTACK, context, words)
+    if room <= 2 * NEEDLE:
+        least = 2 * NEEDLE + 1
+        raise ValueError(
+            f"retrieval hides {NEEDLE} tokens among at least {least} different ones and asks "
+            f"for them again: it needs a context of {least + NEEDLE + 1} tokens and a "
+            f"vocabulary of {least}, but this model has {model.cfg.n_ctx} and {words}. Leave "
+            "kind 'retrieval' out."
+        )
     plain = repeated_tokens(model, n, room, copies=1, distinct=True, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     before = plain.tokens.shape[1] - room
@@ -51,8 +64,9 @@ def retrieval(
     next_keys = torch.tensor(starts)[:, None] + torch.arange(1, NEEDLE)
     looks = np.full((n, len(layers), max(widths.values()), NEEDLE - 1), np.nan)
     right = np.zeros((n, NEEDLE - 1))
-    for start in range(0, n, 16):
-        rows = slice(start, min(start + 16, n))
+    each = max(1, min(16, _LOGITS // (4 * end * model.cfg.d_vocab)))
+    for start in range(0, n, each):
+        rows = slice(start, min(start + each, n))
 
         def see(own: Tensor, at: int, layer: int, rows: slice) -> None:
             strongest = own[:, :, queries].argmax(-1).cpu()

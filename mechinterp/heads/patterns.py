@@ -114,20 +114,31 @@ def entropy(
     return _mean(nats, seen.queries)
 
 
-def positional(
-    pattern: Float[Tensor, "batch head pos pos"], seen: Seen
-) -> Float[Tensor, "batch head"]:
+def distances(
+    pattern: Float[Tensor, "batch head pos pos"],
+) -> Int[Tensor, "batch head pos"]:
+    """Return how far each query's strongest key is away: 0 itself, -1 the one before it."""
+    at = torch.arange(pattern.shape[-1], device=pattern.device)
+    return pattern.argmax(-1) - at
+
+
+def share_at_commonest(
+    distance: Int[Tensor, "prompt head pos"], queries: Bool[Tensor, "prompt pos"]
+) -> Float[Tensor, "prompt head"]:
     """Return the share of queries whose strongest key is at the head's commonest distance.
+
+    The commonest is that over all prompts, so that a head which looks elsewhere in every
+    prompt is not positional. On tokens that repeat at one distance, induction and
+    duplicate-token heads are positional as well: judge those by text.
 
     Source: Voita et al. 2019, arXiv:1905.09418, section 5.2 (positional: at least 0.9).
     """
-    n = pattern.shape[-1]
-    at = torch.arange(n, device=pattern.device)
-    distance = pattern.argmax(-1) - at + n - 1
-    counted = torch.zeros(*pattern.shape[:2], 2 * n - 1, device=pattern.device)
-    weight = seen.queries[:, None].expand_as(distance).to(counted)
-    counted.scatter_add_(2, distance, weight)
-    return counted.amax(-1) / seen.queries.sum(-1)[:, None]
+    found = torch.empty(distance.shape[:2])
+    for head, own in enumerate(distance.unbind(1)):
+        commonest = own[queries].mode().values
+        at_it = (own == commonest) & queries
+        found[:, head] = at_it.sum(-1) / queries.sum(-1)
+    return found
 
 
 def rare_token(
@@ -165,7 +176,6 @@ TEMPLATES: dict[str, tuple[Template, str]] = {
 PATTERNS: dict[str, Score] = {
     **{kind: attention_on(template) for kind, (template, _) in TEMPLATES.items()},
     "entropy": entropy,
-    "positional": positional,
     "rare_token": rare_token,
 }
 

@@ -1,7 +1,6 @@
 """Streaming prompts through the model for the redundancy atlas, within a memory budget."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +15,7 @@ from mechinterp.engine.sizes import size
 from mechinterp.heads.copying import writing_weights
 from mechinterp.heads.redundancy_views import Cosine, Divergence, Moments, cka
 from mechinterp.hooks import HookNotFiredError
-from mechinterp.hooks.observing import observe
+from mechinterp.hooks.observing import pass_by
 from mechinterp.lens.states import prompts_at_once
 from mechinterp.models import input_device, is_causal
 from mechinterp.tasks import Prompts
@@ -109,14 +108,6 @@ def watch(
     return Watched(divergence.mean(), found, cosine.mean(), moments.n, len(groups))
 
 
-class _SeenAll(Exception):
-    """Ends a run: all that is wanted has passed."""
-
-
-def _stop(_: Tensor) -> None:
-    raise _SeenAll
-
-
 class _Run:
     """Runs some prompts and gives the patterns of some queries, and ``z`` in chunks."""
 
@@ -152,9 +143,8 @@ class _Run:
             if with_z:
                 see = partial(self._see_z, seen=z, layer=layer, rows=rows)
                 put.append((("z", layer), see))
-        put.append((("z", self.layers[-1]), _stop))  # MLP and unembedding are not needed
-        with suppress(_SeenAll):
-            observe(self.model, self.prompts, rows, [], put=put)
+        last = ("z", self.layers[-1])  # MLP and unembedding behind it are not needed
+        pass_by(self.model, self.prompts, rows, put, until=last)
         for site, seen, asked in (("pattern", patterns, len(queries)), ("z", z, with_z)):
             if asked and (missed := sorted(set(self.layers) - set(seen))):
                 raise HookNotFiredError(

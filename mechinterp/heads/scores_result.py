@@ -22,7 +22,8 @@ class HeadScores(Result):
     A kind has axes ``prompt``, ``layer`` and ``head``; those from weights have no ``prompt``,
     those from words have cases of their own, ``case_of_<kind>``. ``p`` and ``p_adjusted`` are
     the probabilities of such a score in an untrained model of the same shape, the second
-    corrected for all heads (Holm, kind by kind); ``null_mean`` and ``null_sd`` describe the
+    corrected for all heads (Holm, kind by kind); NaN where scores are of a single prompt.
+    ``null_mean`` and ``null_sd`` describe the
     untrained heads. Where a layer has fewer heads than others the rest is NaN.
     """
 
@@ -95,12 +96,19 @@ class HeadScores(Result):
             ]
         return table
 
-    def found(self, kind: str, alpha: float = 0.05) -> list[tuple[int, int]]:
-        """Return the heads that score higher than untrained ones would, the highest first."""
+    def found(
+        self, kind: str, alpha: float = 0.05, least: float = -np.inf
+    ) -> list[tuple[int, int]]:
+        """Return the heads that score higher than untrained ones would, the highest first.
+
+        And at least ``least``, in the unit of the score: many prompts make a difference sure
+        that is too small to matter. ``induction_dossier`` asks for a tenth of the attention.
+        """
         if "p_adjusted" not in self.data:
             raise ValueError("nothing to compare with: score with nulls=1 or more.")
         above = self.mean()[kind] > self.data["null_mean"].sel(kind=kind)
-        chosen = (self.data["p_adjusted"].sel(kind=kind) < alpha) & above
+        large = self.mean()[kind] >= least
+        chosen = (self.data["p_adjusted"].sel(kind=kind) < alpha) & above & large
         return [
             (layer, head)
             for layer, head in self.ranked(kind)
@@ -159,7 +167,14 @@ class HeadScores(Result):
         lines = [f"low, high: 95 % bootstrap interval over {n} prompts."] if n > 1 else []
         if "p_adjusted" in self.data:
             family = self._family(kind)
-            lines.append(f"p_adjusted: against untrained heads, Holm over {family} heads.")
+            null = self.data[["null_mean", "null_sd"]].sel(kind=kind)
+            mean, spread = float(null["null_mean"]), float(null["null_sd"])
+            lines.append(
+                f"Untrained heads score {mean:.3g} ± {spread:.2g} (standard deviation); "
+                f"p_adjusted: against them, Holm over {family} heads."
+                if family
+                else "No p-values: one prompt, or fewer than eight untrained heads."
+            )
         if caution := inference.caution(n):
             lines.append(f"{caution}.")
         return "\n".join(lines)

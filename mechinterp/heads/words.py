@@ -6,6 +6,7 @@ head attended to that word and nothing else reached the end.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mechinterp.heads.copying import unembedding_of
 from mechinterp.hooks import HookManager
 from mechinterp.sites import is_post_norm, key_heads
-from mechinterp.tasks import Prompts, load_task
+from mechinterp.tasks import Task
 from mechinterp.tasks.answers import single_tokens
 from mechinterp.tasks.prompts import as_prompts
 from mechinterp.weights import head_weights
@@ -27,32 +28,29 @@ from mechinterp.weights import head_weights
 TOP = 5  # Wang et al.: a name is copied when it is among the first five
 _PAIRS = 2
 _NAMES = ("io", "first_subject", "subject")
-_WORDS = {
-    "days": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
-    "months": "January February March April May June July August September October November "
-    "December",
-    "numbers": "one two three four five six seven eight nine ten eleven twelve",
-    "ordinals": "first second third fourth fifth sixth seventh eighth ninth tenth",
-    "digits": "1 2 3 4 5 6 7 8 9",
-    "letters": " ".join(ascii_uppercase),
-}
-SEQUENCES = {name: tuple(words.split()) for name, words in _WORDS.items()}
+_SEQUENCES = (
+    "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+    "January February March April May June July August September October November December",
+    "one two three four five six seven eight nine ten eleven twelve",
+    "first second third fourth fifth sixth seventh eighth ninth tenth",
+    "1 2 3 4 5 6 7 8 9",
+    " ".join(ascii_uppercase),
+)
 
 
 @torch.no_grad()
 def name_movers(
-    model: TransformerBridge, n: int, seed: int
+    model: TransformerBridge, task: Task
 ) -> dict[str, Float[np.ndarray, "prompt layer head"]]:
     """Return the share of a prompt's names that each head copies, and that it un-copies.
 
-    On prompts of indirect object identification: a name is copied when it is among the five
-    highest logits that the head's OV circuit makes of it; ``negative_name_mover`` asks the same
-    of minus the head's output. NaN for heads of the first layer, which precede the embedding.
+    ``task`` is of indirect object identification, with its roles. A name is copied when it is
+    among the five highest logits that the head's OV circuit makes of it;
+    ``negative_name_mover`` asks the same of minus the head's output. NaN for heads of the
+    first layer, which precede the embedding.
 
     Source: Wang et al. 2022, arXiv:2211.00593, section 3.1 and appendix (copy score).
     """
-    every = load_task("ioi", model, seed=seed)
-    task = every[: min(n, len(every))]
     n = len(task)
     acts = HookManager(model).capture(
         task, "resid_post", layers=0, positions=list(_NAMES), device="cpu"
@@ -71,44 +69,58 @@ def name_movers(
     return found
 
 
-@torch.no_grad()
-def successors(
-    model: TransformerBridge,
-) -> tuple[list[str], Float[np.ndarray, "word layer head"]]:
-    """Return the words that have a successor, and whether each head makes it of them.
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A sequence of words as token ids; ``pairs`` are where a word and its next are single."""
 
-    1 where the successor has the highest logit among the words of its sequence (days, months,
-    numbers, ordinals, digits, letters; those that are single tokens here), else 0.
+    words: tuple[str, ...]
+    ids: list[int | None]
+    pairs: list[int]
 
-    Source: Gould et al. 2023, arXiv:2312.09230 (succession by effective embeddings).
+
+def sequences(model: TransformerBridge) -> list[Known]:
+    """Return the sequences (days, months, numbers, ...) that this model's tokens can say.
 
     Raises:
-        ValueError: No sequence has three words in a row that are single tokens.
+        ValueError: None has three words in a row that are single tokens.
     """
     usable = []
-    for name, sequence in SEQUENCES.items():
-        known = single_tokens(model, [f" {word}" for word in sequence])
-        ids = [known.get(f" {word}") for word in sequence]
+    for words in map(tuple, map(str.split, _SEQUENCES)):
+        known = single_tokens(model, [f" {word}" for word in words])
+        ids = [known.get(f" {word}") for word in words]
         pairs = [i for i in range(len(ids) - 1) if None not in (ids[i], ids[i + 1])]
         if len(pairs) >= _PAIRS:
-            usable.append((name, sequence, ids, pairs))
+            usable.append(Known(words, ids, pairs))
     if not usable:
         raise ValueError(
             "no sequence of days, months, numbers or letters has three words in a row that are "
             "single tokens here, so successors cannot be scored. Leave kind 'successor' out."
         )
+    return usable
+
+
+@torch.no_grad()
+def successors(
+    model: TransformerBridge, usable: list[Known]
+) -> tuple[list[str], Float[np.ndarray, "word layer head"]]:
+    """Return the words that have a successor, and whether each head makes it of them.
+
+    1 where the successor has the highest logit among the words of its sequence (those that are
+    single tokens here), else 0.
+
+    Source: Gould et al. 2023, arXiv:2312.09230 (succession by effective embeddings).
+    """
     labels, scores = [], []
-    for _, sequence, ids, pairs in usable:
-        words = [ids[i] for i in pairs]
-        prompts = as_prompts(model, [f" {sequence[i]}" for i in pairs])
+    for each in usable:
+        prompts = as_prompts(model, [f" {each.words[i]}" for i in each.pairs])
         acts = HookManager(model).capture(prompts, "resid_post", layers=0, positions=[-1])
-        among = torch.tensor([each for each in ids if each is not None])
-        right = torch.tensor([ids[i + 1] for i in pairs])
-        assert all(row[-1] == word for row, word in zip(_ends(prompts), words, strict=True))
+        among = torch.tensor([token for token in each.ids if token is not None])
+        right = torch.tensor([each.ids[i + 1] for i in each.pairs])
+        assert [row[-1] for row in prompts.rows] == [each.ids[i] for i in each.pairs]
         logits = head_logits(model, acts["resid_post", 0][:, 0], 1.0, among)
-        best = np.stack([(among[each.argmax(-1)] == right).float() for each in logits])
+        best = np.stack([(among[own.argmax(-1)] == right).float() for own in logits])
         scores.append(best.transpose(2, 0, 1))
-        labels += [sequence[i] for i in pairs]
+        labels += [each.words[i] for i in each.pairs]
     return labels, _first_layer_blank(np.concatenate(scores))
 
 
@@ -151,7 +163,3 @@ def _first_layer_blank(scores: np.ndarray) -> np.ndarray:
     scores = scores.astype(np.float64)
     scores[:, 0] = np.nan
     return scores
-
-
-def _ends(prompts: Prompts) -> list[list[int]]:
-    return [row[mask].tolist() for row, mask in zip(prompts.tokens, prompts.mask, strict=True)]

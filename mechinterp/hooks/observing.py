@@ -6,7 +6,7 @@ every layer what that layer alone would do with other values in place.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -69,6 +69,39 @@ def observe(
             "mi.sites(model) lists the sites that work on this model."
         )
     return seen, logits
+
+
+def pass_by(
+    model: TransformerBridge, prompts: Prompts, rows: slice, put: Attached, *, until: Key
+) -> None:
+    """Run some of the prompts past the functions in ``put``, and no farther than ``until``.
+
+    What comes after that place, the unembedding above all, costs nothing.
+
+    Args:
+        model: Left as it was.
+        prompts: What to run on.
+        rows: Which of the prompts.
+        put: Functions to attach; those at ``until`` still see it.
+        until: The last place to be passed.
+
+    Raises:
+        HookNotFiredError: ``until`` was not passed.
+    """
+    with suppress(_PassedAll):
+        observe(model, prompts, rows, [], put=[*put, (until, _stop)])
+        raise HookNotFiredError(
+            f"{until[0]} at layer {until[1]} never fired, so there is nothing to see. "
+            "mi.sites(model) lists the sites that work on this model."
+        )
+
+
+class _PassedAll(Exception):
+    """Ends a run: all that is wanted has passed."""
+
+
+def _stop(_: Tensor) -> None:
+    raise _PassedAll
 
 
 def _see(seen: dict[Key, Tensor], key: Key, track: bool, own: Tensor) -> Tensor | None:

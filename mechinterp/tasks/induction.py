@@ -31,7 +31,7 @@ def induction(
     Source: Olsson et al. 2022, arXiv:2209.11895 (repeated random tokens).
     """
     n = 64 if n is None else n
-    ids = _ordinary_ids(model)
+    ids = ordinary_ids(model)
     if not 0 < repeated <= segment - 2:
         raise ValueError(
             f"segment={segment} and repeated={repeated} leave no distractor. "
@@ -94,7 +94,7 @@ def repeated_tokens(
     first, bos = _beginning(model)
     if start is not None:
         first, bos = list(start), "prepended" if start else "none"
-    ids = torch.tensor([i for i in _ordinary_ids(model) if i not in set(start or ())])
+    ids = torch.tensor([i for i in ordinary_ids(model) if i not in set(start or ())])
     if distinct and length > len(ids):
         raise ValueError(
             f"{length} different tokens cannot be drawn from the {len(ids)} ordinary ones of "
@@ -110,7 +110,8 @@ def repeated_tokens(
     return as_prompts(model, pad([[*first, *row * copies] for row in rows], bos=bos))
 
 
-def _ordinary_ids(model: TransformerBridge) -> list[int]:
+def ordinary_ids(model: TransformerBridge) -> list[int]:
+    """Return the ids of the vocabulary that are no special tokens."""
     tokenizer = tokenizer_of(model)
     special = set() if tokenizer is None else set(tokenizer.all_special_ids)
     return [i for i in range(model.cfg.d_vocab) if i not in special]
