@@ -1,5 +1,6 @@
 """Function vectors: effects as by plain hooked runs, sums as written, words kept apart."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,37 @@ def test_adding_it_gives_what_a_plain_hooked_run_gives(made):
             assert there == pytest.approx(float(after[token]), abs=1e-4)
 
 
+def test_the_control_is_what_the_same_heads_write_under_shuffled_labels(made):
+    _, model, vector = made
+    train, _ = _split(MORE, 3, 4)
+    shuffled, _ = _prompts(model, train, 5, 2, "shuffled_labels", FORMAT, 4)
+    written = mean_written(mi.HookManager(model), shuffled)
+    summed = torch.stack([written[at][head] for at, head in vector.heads]).sum(0)
+    control = vector.control
+    assert float(control.norm()) == pytest.approx(float(vector.vector.norm()), rel=1e-5)
+    assert float(torch.cosine_similarity(control, summed, dim=0)) == pytest.approx(1, abs=1e-5)
+    effect = vector.evaluate(model, layer=1, n_random=2)
+    swapped = replace(
+        vector, written=vector.written_shuffled, written_shuffled=vector.written
+    ).evaluate(model, layer=1, scale=float(vector.vector.norm() / summed.norm()), n_random=2)
+    np.testing.assert_allclose(
+        effect.data["with_control"], swapped.data["with_vector"], atol=1e-5
+    )
+    table = effect.summary()
+    shown = float(effect.control_effect.sel(metric="log_prob").mean()) + table["zero_shot"][0]
+    assert table["with_control"][0] == pytest.approx(shown)
+
+
+def test_p_values_of_several_layers_are_corrected_for_them(made):
+    _, model, vector = made
+    effect = vector.evaluate(model, layer=[0, 1, 2], n_random=9)
+    table = effect.summary().query("metric == 'log_prob'")
+    assert table["p_adjusted"].min() == pytest.approx(min(3 * table["p_random"].min(), 1.0))
+    assert "Holm over 3 layers" in effect.plot().get_title("left") + str(
+        [text.get_text() for text in effect.plot().texts]
+    )
+
+
 def test_what_it_is_measured_on_was_not_used_to_make_it(made):
     _, model, vector = made
     told = vector.effects.convention.settings
@@ -161,6 +193,7 @@ def test_saving_brings_back_the_same_vector(made, tmp_path):
     back = FunctionVector.load(vector.save(tmp_path / "vector"))
     assert back.heads == vector.heads and back.effects.equals(vector.effects)
     assert torch.equal(back.vector, vector.vector)
+    assert torch.equal(back.control, vector.control)
     effect = back.evaluate(model, n_random=2)
     assert mi.load_result(effect.save(tmp_path / "effect.nc")).equals(effect)
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +69,26 @@ class FunctionVector:
     Attributes:
         effects: The average indirect effect of every head, per prompt.
         written: Per layer what each head writes at the last token, ``[head, d_model]``.
+        written_shuffled: The same where the labels are shuffled: what these heads write in
+            this format whatever the relation.
         heads: The heads that the vector sums, strongest first.
     """
 
     effects: IndirectEffects
     written: Mapping[int, Float[Tensor, "head d_model"]]
+    written_shuffled: Mapping[int, Float[Tensor, "head d_model"]]
     heads: tuple[Head, ...]
 
     @property
     def vector(self) -> Float[Tensor, " d_model"]:
         """The sum of what the heads write: add it to the residual stream."""
-        return torch.stack([self.written[layer][head] for layer, head in self.heads]).sum(0)
+        return _summed(self.written, self.heads)
+
+    @property
+    def control(self) -> Float[Tensor, " d_model"]:
+        """The sum of what the same heads write under shuffled labels, as long as the vector."""
+        found = _summed(self.written_shuffled, self.heads)
+        return found / found.norm() * self.vector.norm()
 
     def of_heads(self, heads: int | Sequence[Head]) -> "FunctionVector":
         """Return the vector that sums other heads: the strongest so many, or those named."""
@@ -87,7 +96,7 @@ class FunctionVector:
         for layer, head in chosen:
             if layer not in self.written or not 0 <= head < len(self.written[layer]):
                 raise ValueError(f"head ({layer}, {head}) does not exist. Pass (layer, head)s.")
-        return FunctionVector(self.effects, self.written, tuple(chosen))
+        return replace(self, heads=tuple(chosen))
 
     def evaluate(
         self,
@@ -103,7 +112,8 @@ class FunctionVector:
         """Add the vector to the residual stream where no example is shown, and measure.
 
         It is added to ``resid_post`` of one layer (of each of several in turn) at the last
-        token of ``Q: x`` / ``A:``; beside it, random directions of the same norm.
+        token of ``Q: x`` / ``A:``; beside it, of the same norm, random directions and the
+        ``control``.
 
         Args:
             model: The model that the vector was made on.
@@ -140,7 +150,11 @@ class FunctionVector:
         first = torch.tensor([[row[0]] for row in answered.answers])
         name = made.data.removesuffix(", labels shuffled")
         task = Task(f"{name}, zero-shot", answered.asked, first, metric="log_prob")
-        vectors = [scale * self.vector, *_random(scale * self.vector, n_random, seed)]
+        vectors = [
+            scale * self.vector,
+            scale * self.control,
+            *_random(scale * self.vector, n_random, seed),
+        ]
         cells = [
             Cell(Add("resid_post", vector, layers=at, positions="end"))
             for at in layers
@@ -155,7 +169,8 @@ class FunctionVector:
             xr.Dataset(
                 {
                     "with_vector": (dims, values[:, 0]),
-                    "with_random": (("layer", "draw", "prompt", "metric"), values[:, 1:]),
+                    "with_control": (dims, values[:, 1]),
+                    "with_random": (("layer", "draw", "prompt", "metric"), values[:, 2:]),
                     "zero_shot": (("prompt", "metric"), found.runs["clean"].cpu().numpy()),
                 },
                 coords={
@@ -192,7 +207,12 @@ class FunctionVector:
         folder = Path(folder)
         folder.mkdir(exist_ok=True)
         self.effects.save(folder / "effects.nc")
-        tensors = {str(at): each.contiguous().cpu() for at, each in self.written.items()}
+        both = {"true": self.written, "shuffled": self.written_shuffled}
+        tensors = {
+            f"{name}.{at}": each.contiguous().cpu()
+            for name, written in both.items()
+            for at, each in written.items()
+        }
         told = {"heads": json.dumps([list(head) for head in self.heads])}
         with written_beside(folder / "written.safetensors") as part:
             save_file(tensors, part, metadata=told)
@@ -209,8 +229,12 @@ class FunctionVector:
         path = Path(folder) / "written.safetensors"
         with safe_open(path, framework="pt") as opened:
             heads = json.loads(opened.metadata()["heads"])
-        written = {int(at): each for at, each in load_file(path).items()}
-        return cls(effects, written, tuple((layer, head) for layer, head in heads))
+        written: dict[str, dict[int, Tensor]] = {"true": {}, "shuffled": {}}
+        for key, each in load_file(path).items():
+            name, _, at = key.partition(".")
+            written[name][int(at)] = each
+        chosen = tuple((layer, head) for layer, head in heads)
+        return cls(effects, written["true"], written["shuffled"], chosen)
 
 
 def head_grid(heads: Sequence[Head], patched: np.ndarray, base: np.ndarray) -> xr.Dataset:
@@ -228,6 +252,10 @@ def head_grid(heads: Sequence[Head], patched: np.ndarray, base: np.ndarray) -> x
             "head": np.arange(width),
         },
     )
+
+
+def _summed(written: Mapping[int, Tensor], heads: Sequence[Head]) -> Tensor:
+    return torch.stack([written[layer][head] for layer, head in heads]).sum(0)
 
 
 def _random(vector: Tensor, n: int, seed: int) -> list[Tensor]:

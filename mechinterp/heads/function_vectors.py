@@ -124,8 +124,12 @@ def function_vector(
     )
     patched, base = found.values[..., 0].cpu().numpy(), found.runs["clean"][:, 0].cpu().numpy()
     effects = IndirectEffects(head_grid(heads, patched, base), convention)
-    written = mean_written(manager, clean)
-    return FunctionVector(effects, written, tuple(effects.strongest(n_heads)))
+    return FunctionVector(
+        effects,
+        mean_written(manager, clean),
+        mean_written(manager, shuffled),
+        tuple(effects.strongest(n_heads)),
+    )
 
 
 def _split(pairs: Pairs, held_out: int | float, seed: int) -> tuple[Pairs, Pairs]:
