@@ -42,6 +42,10 @@ def close(got, want, tolerance=2e-5):
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), atol=tolerance)
 
 
+def strings(model) -> mi.Text:
+    return mi.Text.from_strings(model, [BOOK.read_text()[:600]], context=48)
+
+
 # ------------------------------------------------------------------- against other ways
 
 
@@ -350,3 +354,25 @@ def test_labelled_texts_come_from_json_lines(tmp_path):
     path.write_text('{"text": "Mary", "label": 2}\n{"text": "John"}\n')
     with pytest.raises(ValueError, match=r"line 2 of .*moods\.jsonl"):
         mi.Labelled.from_jsonl(path, model)
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean", "resample"])
+def test_screening_ablates_the_top_heads_exactly_and_the_others_nearly(kind):
+    model = mi.load_model("embedded")
+    data = strings(model)
+    exact = mi.head_ablation(model, data, kind=kind)
+    found = mi.head_ablation(model, data, kind=kind, screen="bfloat16")
+    marked = found.data["exact"]
+    assert marked.dims == ("layer", "head") and int(marked.sum()) == 20
+    there, mine, theirs = marked.values, found.effect.values, exact.effect.values
+    close(mine[:, there], theirs[:, there])
+    close(mine, theirs, 0.05)
+    assert np.abs(mine - theirs)[:, ~there].max() > 1e-5
+    assert there.reshape(-1)[np.argsort(np.abs(theirs.mean(0)), axis=None)[-8:]].all()
+    assert found.convention.settings["screen"] == "bfloat16"
+
+
+def test_a_screen_that_does_not_exist_is_refused_before_anything_runs():
+    model = zoo.zoo("gpt2")
+    with pytest.raises(ValueError, match="bfloat16"):
+        mi.head_ablation(model, task(model), screen="int4")

@@ -23,6 +23,7 @@ from mechinterp.edits import Edit, Mean, Replace, Resample, Zero
 from mechinterp.engine.calls import MEASURED, Memory, check_answers, metrics_of_cells
 from mechinterp.engine.cells import Cell
 from mechinterp.engine.runs import run_activations, run_of
+from mechinterp.engine.screening import Screened, check_screen, screened_cells
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import resolve_metrics
 from mechinterp.record import Data, convention_of, digest
@@ -42,6 +43,7 @@ def head_ablation(
     metric: MetricSpec = None,
     seed: int = 0,
     memory: Memory = None,
+    screen: str | None = None,
 ) -> AblationResult:
     """Take attention heads out and measure what that does.
 
@@ -62,6 +64,8 @@ def head_ablation(
             data's own, which is ``"loss"`` for text and labelled texts.
         seed: Of the resampled prompts.
         memory: Bytes, or a size such as ``"2GB"``, to take beside the model.
+        screen: ``"bfloat16"`` ranks the cells in bfloat16 and computes the top ones again in
+            the model's own dtype, as in ``mi.activation_patching``.
 
     Raises:
         TypeError: ``data`` is none of these.
@@ -69,7 +73,7 @@ def head_ablation(
             unknown, or the data has none of what it needs: before the model runs.
     """
     return _ablation(
-        model, data, "z", heads, "head_ablation", kind, reference, metric, seed, memory
+        model, data, "z", heads, "head_ablation", kind, reference, metric, seed, memory, screen
     )
 
 
@@ -242,20 +246,31 @@ def _ablation(
     metric: MetricSpec,
     seed: int,
     memory: Memory,
+    screen: str | None = None,
 ) -> AblationResult:
     measured: Any = as_data(data, MEASURED, method)
+    check_screen(model, screen)
     metrics = resolve_metrics(metric, measured.metric)
     check_answers(model, measured)
     chosen = sets_of(model, site, asked)
-    values = stand_ins(model, measured, kind, reference, site, chosen.layers, seed)
-    cells = (Cell(values.edits(one)) for one in chosen.sets)
-    found = metrics_of_cells(model, measured, cells, on="clean", metrics=metrics, memory=memory)
+
+    def cells_of(model: TransformerBridge) -> list[Cell]:
+        values = stand_ins(model, measured, kind, reference, site, chosen.layers, seed)
+        return [Cell(values.edits(one)) for one in chosen.sets]
+
+    told = {"on": "clean", "metrics": metrics, "memory": memory}
+    if screen is None:
+        found = metrics_of_cells(model, measured, cells_of(model), **told)
+    else:
+        found = screened_cells(model, measured, cells_of, **told)
     settings: dict[str, Any] = {
         "kind": kind,
         "sets": "every part by itself" if chosen.grid else len(chosen.sets),
         "path": found.path,
         "why": found.why,
     }
+    if isinstance(found, Screened):
+        settings["screen"] = screen
     if reference is not None:
         settings["reference"] = _named(reference)
     several = isinstance(metric, Mapping)
@@ -283,23 +298,34 @@ def _labelled(
     values = found.values.double().cpu().numpy()  # cell prompt metric
     intact = found.runs["clean"].double().cpu().numpy()
     coords: dict[str, Any] = prompt_labels(data)
-    axes: dict[str, list[Any]] = {"set": chosen.labels}
-    whole = values
-    if chosen.grid:
-        axes = {**chosen.axes}
-        whole = np.full((*map(len, axes.values()), *values.shape[1:]), np.nan)
-        for (part,), value in zip(chosen.sets, values, strict=True):
-            at = [axes["layer"].index(part.layer)]
-            at += [axes[name].index(part.index) for name in axes if name != "layer"]
-            whole[tuple(at)] = value
+    axes: dict[str, list[Any]] = {**chosen.axes} if chosen.grid else {"set": chosen.labels}
     coords |= axes
-    dims = (*axes, "prompt", "metric")
+    whole = _spread(chosen, axes, values, np.nan)
     arrays = {
-        "ablated": xr.DataArray(whole, dims=dims).transpose("prompt", ...),
+        "ablated": xr.DataArray(whole, dims=(*axes, "prompt", "metric")).transpose(
+            "prompt", ...
+        ),
         "intact": xr.DataArray(intact, dims=("prompt", "metric")),
     }
+    if isinstance(found, Screened):
+        exact = _spread(chosen, axes, found.exact.numpy(), False)
+        arrays["exact"] = xr.DataArray(exact, dims=tuple(axes))
     made = xr.Dataset(arrays).assign_coords(coords)
     return made.isel(metric=0) if metrics is None else made.assign_coords(metric=list(metrics))
+
+
+def _spread(
+    chosen: PartSets, axes: Mapping[str, list[Any]], values: np.ndarray, empty: Any
+) -> np.ndarray:
+    """Return one value per cell on the axes of the parts; ``empty`` where there is none."""
+    if not chosen.grid:
+        return values
+    whole = np.full((*map(len, axes.values()), *values.shape[1:]), empty)
+    for (part,), value in zip(chosen.sets, values, strict=True):
+        at = [axes["layer"].index(part.layer)]
+        at += [axes[name].index(part.index) for name in axes if name != "layer"]
+        whole[tuple(at)] = value
+    return whole
 
 
 def _said(kind: str) -> str:

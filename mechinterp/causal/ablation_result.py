@@ -19,7 +19,8 @@ class AblationResult(Result):
     ``data["ablated"]`` has ``prompt`` and either the axes of the parts (``layer`` and ``head``
     or ``neuron``) or ``set``, whose labels name what was taken out together;
     ``data["intact"]`` is the model's own value per prompt, in the metric's unit. With several
-    metrics both have a ``metric`` axis.
+    metrics both have a ``metric`` axis. With ``screen=``, ``data["exact"]`` says which values
+    were computed in the model's own dtype.
     """
 
     @property

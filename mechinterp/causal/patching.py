@@ -10,6 +10,7 @@ are named after Heimersheim and Nanda 2024, arXiv:2404.15255.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -102,9 +103,12 @@ def activation_patching(
     if method == "reference":
         found = _by_reference(model, task, grid, metrics)
     else:
-        compute = metrics_of_cells if screen is None else screened_cells
-        cells = grid.cells(model, task)
-        found = compute(model, task, cells, on=grid.base, metrics=metrics, memory=memory)
+        measured = {"on": grid.base, "metrics": metrics, "memory": memory}
+        cells_of = partial(grid.cells, task=task)
+        if screen is None:
+            found = metrics_of_cells(model, task, cells_of(model), **measured)
+        else:
+            found = screened_cells(model, task, cells_of, **measured)
 
     axes = grid.axes(positions)
     axes["metric"] = list(metrics) if isinstance(metric, Mapping) else None

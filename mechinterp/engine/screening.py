@@ -5,7 +5,7 @@ says which cells it computed exactly.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from mechinterp.engine.execute import Outcome
 from mechinterp.hooks.taps import attached, foreign_hooks
 from mechinterp.metrics import Metric
 from mechinterp.names import unknown
-from mechinterp.tasks import Task
+from mechinterp.record import Data
 
 _SCREENS = ("bfloat16",)
 _LEAST, _SHARE = 20, 0.05  # cells computed again: so many, or this share if that is more
@@ -32,7 +32,7 @@ class Screened(Outcome):
     exact: Bool[Tensor, " cell"]
 
 
-def check_screen(model: TransformerBridge, screen: str | None, method: str) -> None:
+def check_screen(model: TransformerBridge, screen: str | None, method: str = "engine") -> None:
     """Raise unless ``screen`` is None or a way of screening that works on this model now."""
     if screen is None:
         return
@@ -49,8 +49,8 @@ def check_screen(model: TransformerBridge, screen: str | None, method: str) -> N
 
 def screened_cells(
     model: TransformerBridge,
-    task: Task,
-    cells: Sequence[Cell],
+    data: Data,
+    cells_of: Callable[[TransformerBridge], Sequence[Cell]],
     *,
     on: str,
     metrics: Mapping[str, Metric],
@@ -60,23 +60,25 @@ def screened_cells(
 
     Cells are ranked by the largest size of their mean effect over the metrics, each in units
     of its spread over cells. A screened cell's value is the exact base plus its effect in
-    bfloat16.
+    bfloat16. ``cells_of`` makes the cells of a model, in the same order for its copy, whose
+    own activations they then read.
     """
+    cells = cells_of(model)
     count = max(_LEAST, int(_SHARE * len(cells)))
     if count >= len(cells):
-        found = metrics_of_cells(model, task, cells, on=on, metrics=metrics, memory=memory)
+        found = metrics_of_cells(model, data, cells, on=on, metrics=metrics, memory=memory)
         everything = torch.ones(len(cells), dtype=torch.bool)
         return Screened(**vars(found), exact=everything)
     low = copy.deepcopy(model)
     low.original_model.to(torch.bfloat16)
-    rough = metrics_of_cells(low, task, cells, on=on, metrics=metrics, memory=memory)
+    rough = metrics_of_cells(low, data, cells_of(low), on=on, metrics=metrics, memory=memory)
     del low
     effect = rough.values - rough.runs[on]
     size = effect.mean(1).abs()
     score = (size / size.std(0, correction=0).clamp(min=1e-12)).amax(1)
     top = score.topk(count).indices
     chosen = [cells[i] for i in top.tolist()]
-    fine = metrics_of_cells(model, task, chosen, on=on, metrics=metrics, memory=memory)
+    fine = metrics_of_cells(model, data, chosen, on=on, metrics=metrics, memory=memory)
     values = fine.runs[on] + effect
     values[top] = fine.values
     exact = torch.zeros(len(cells), dtype=torch.bool)
