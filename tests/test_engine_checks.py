@@ -282,6 +282,23 @@ def test_edits_in_force_stay_in_force_and_need_no_slow_path(name, direction):
     assert not attached(model)
 
 
+def test_an_edit_of_whole_prompts_reaches_the_end_of_a_longer_corrupted_prompt():
+    model = model_of("llama")
+    clean, corrupted = (
+        [tokens(1, n, seed=n)[0].tolist() for n in many] for many in ((6, 8), (9, 11))
+    )
+    task = mi.Task.from_tokens(
+        model, clean=clean, corrupted=corrupted, answers=[3, 4], distractors=[7, 8]
+    )
+    with mi.HookManager(model).edit(Zero("z", layers=0, heads=1), data=task):
+        mine = mi.activation_patching(model, task, "resid_pre", positions=[-1])
+        reference = mi.activation_patching(
+            model, task, "resid_pre", positions=[-1], method="reference"
+        )
+    assert path(mine) == "fast"
+    assert_same_numbers(mine, reference)
+
+
 def test_leaving_a_block_in_which_only_the_engine_ran_raises_nothing():
     model = model_of("llama")
     task = a_task(model)

@@ -118,10 +118,10 @@ def made(values: np.ndarray, random: np.ndarray, metric: str) -> mi.PruningCurve
         {
             "value": (("ranked_by", "removed", "prompt"), values),
             "random": (("draw", "removed", "prompt"), random),
-            "order": (("ranked_by", "place"), np.full((1, len(removed) - 1), "0.0")),
+            "order": (("ranked_by", "place"), np.full((len(values), len(removed) - 1), "0.0")),
         },
         {
-            "ranked_by": ["gradient"],
+            "ranked_by": [f"method {i}" for i in range(len(values))],
             "removed": removed,
             "prompt": np.arange(values.shape[2]),
             "draw": np.arange(len(random)),
@@ -151,6 +151,25 @@ def test_better_is_more_of_a_metric_and_less_of_a_loss(metric, sign):
     assert row["p_draws"] == pytest.approx(1 / 31)
     (row,) = made(bad[:1], np.repeat(good, 5, 0), metric).against_random().to_dict("records")
     assert row["better"] < -0.1 and row["below"] >= 3
+
+
+def test_methods_are_compared_with_each_other_prompt_by_prompt():
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(1, 1, 40)) + np.zeros((1, 5, 1))
+    fall = np.linspace(0, 1, 5)[None, :, None]
+    values = np.concatenate([base - fall**2, base - fall + rng.normal(0, 0.01, base.shape)])
+    curve = made(values, values, "accuracy")
+    (row,) = curve.between().to_dict("records")
+    assert (row["method"], row["than"]) == ("method 0", "method 1")
+    expected = float(curve.area()[0].mean() - curve.area()[1].mean())
+    assert row["better"] == pytest.approx(expected) and row["low"] < expected < row["high"]
+    assert row["p"] == row["p_adjusted"] < 0.01
+    (row,) = made(values, values, "loss").between().to_dict("records")
+    assert row["better"] == pytest.approx(-expected)
+    three = made(np.concatenate([values, base]), values, "accuracy").between()
+    assert len(three) == 3 and (three["p_adjusted"] >= three["p"]).all()
+    with pytest.raises(ValueError, match="method 0 alone"):
+        made(values[:1], values, "accuracy").between()
 
 
 def test_heads_can_go_until_the_bound_of_the_loss_meets_the_margin():

@@ -198,7 +198,7 @@ def _check_promises(cells: Sequence[Cell], runs: Sequence[Run]) -> None:
 def _of_action(model: TransformerBridge, action: Action, run: Run) -> Write:
     """Return an edit that is in force on the model as a write on the run's prompts."""
     lengths = run.prompts.lengths.tolist()
-    pairs = action.pairs
+    pairs = None if action.everywhere else action.pairs
     if pairs is None:  # positions beyond some prompts are allowed, and left out
         lenient = partial(_reaching, lengths=lengths, roles=action.roles)
         pairs = pair(action.edit, lengths, action.roles, select=lenient)

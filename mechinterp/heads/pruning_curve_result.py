@@ -1,6 +1,7 @@
 """What is left of the model as heads go, beside the band of random orders."""
 
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -19,9 +20,9 @@ class PruningCurve(Result):
     """The metric against the number of heads taken out, on data that did not rank them.
 
     ``data["value"]`` has the axes ``ranked_by`` (a method), ``removed`` (heads, from 0 on) and
-    ``prompt``,
-    ``data["random"]`` the same with ``draw`` for random orders; ``data["order"]`` names the
-    heads of each method in the order in which they went. Several metrics add ``metric``.
+    ``prompt``, ``data["random"]`` the same with ``draw`` for random orders; ``data["order"]``
+    names the heads of each method in the order in which they went. Several metrics add
+    ``metric``.
     """
 
     @property
@@ -90,6 +91,34 @@ class PruningCurve(Result):
                 }
             )
         return pd.DataFrame(rows)
+
+    def between(
+        self, *, metric: str | None = None, n_flips: int = 10_000, seed: int = 0
+    ) -> pd.DataFrame:
+        """Return how the areas of every two methods compare, paired by prompt.
+
+        Columns: ``method``, ``than``, ``better`` (mean advantage in area, positive where the
+        first keeps more), ``low`` and ``high`` (95 % bootstrap interval over prompts), ``p``
+        (sign flips of prompts, two-sided), ``p_adjusted`` (Holm over the pairs).
+
+        Raises:
+            ValueError: The curve has a single method.
+        """
+        names = self.data["ranked_by"].values.tolist()
+        if len(names) < 2:
+            raise ValueError(f"this curve has {names[0]} alone. Ask for several methods.")
+        areas = inference.per_case(self._sign(metric) * self.area(metric=metric))
+        rows, gains = [], []
+        for first, other in combinations(names, 2):
+            gain = areas.sel(ranked_by=first).values - areas.sel(ranked_by=other).values
+            low, high = (ends[0] for ends in stats.bootstrap_interval(gain[None]))
+            row = {"method": first, "than": other, "better": float(gain.mean())}
+            rows.append(row | {"low": float(low), "high": float(high)})
+            gains.append(gain)
+        table = pd.DataFrame(rows)
+        table["p"] = stats.sign_flip_test(np.stack(gains), None, n_flips, seed)
+        table["p_adjusted"] = stats.holm(table["p"].to_numpy())
+        return table
 
     def can_go(self, margin: float, *, metric: str | None = None) -> pd.DataFrame:
         """Return how many heads can go before the metric is worse than ``margin`` allows.

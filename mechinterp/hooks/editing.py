@@ -167,6 +167,11 @@ class Action:
             out[where[0][:, None], where[1][:, None], units[None]] = new.to(out)
         return by_position(site, out)
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether it acts wherever the model runs, however long the prompts it was given."""
+        return self.edit.positions == "all" and not self.edit.positional
+
     def check_it_acted(self) -> None:
         """Raise unless the edit ran and changed some position."""
         where = f"{type(self.edit).__name__} of {self.edit.site}"
@@ -184,7 +189,7 @@ class Action:
 
     def _selected(self, run: ForwardPass) -> tuple[Tensor, Tensor, Selected] | None:
         first = self.noted.first_row
-        if self.edit.positions == "all" and not self.edit.positional:
+        if self.everywhere:
             batch_row, column = (run.positions >= 0).nonzero(as_tuple=True)  # generated, too
             own = source = run.positions[batch_row, column]
         else:

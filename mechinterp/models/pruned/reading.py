@@ -1,8 +1,9 @@
 """Reading a pruned model back: built whole from its configuration, cut, then filled.
 
 ``from_pretrained`` makes every layer as the configuration says, so it cannot hold layers that
-have lost heads. Here the module is built without drawing weights, the record in its
-configuration says what to cut, and the stored weights must then fit one by one.
+have lost heads. Here the module is built without memory for weights, the record in its
+configuration says what to cut, and the stored weights must then fit one by one: no more memory
+is taken than the pruned model has.
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
@@ -38,12 +40,13 @@ def read_pruned(
         ValueError: The weights do not fit the record.
     """
     kind: Any = getattr(transformers, architecture)
-    with no_init_weights():
+    with init_empty_weights(include_buffers=False), no_init_weights():
         module = kind._from_config(config, dtype=dtype, attn_implementation="eager")
     module.tie_weights()
     bridged = build_bridge_config_from_hf(config, architecture, str(folder), dtype)
     adapter = ArchitectureAdapterFactory.select_architecture_adapter(bridged)
     fill(module, Anatomy(module, adapter), recorded(config), folder)
+    module.tie_weights()  # those that are stored once
     return module.eval()
 
 
@@ -59,15 +62,16 @@ def fill(module: nn.Module, anatomy: Anatomy, pruning: Pruning, folder: Path) ->
     _give_biases(module, anatomy, pruning, state)
     cut_heads(anatomy, pruning.heads)
     cut_neurons(anatomy, pruning.neurons)
+    own = dict(module.named_parameters(remove_duplicate=False))
+    filled = {id(own[key]) for key in state.keys() & own.keys()}
+    state = {k: each.to(own[k].dtype) if k in own else each for k, each in state.items()}
     try:
-        found = module.load_state_dict(state, strict=False)
+        found = module.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
         raise ValueError(
             f"{folder}: the weights do not fit the heads that its config.json "
             f"says were pruned. {error}"
         ) from error
-    own = dict(module.named_parameters(remove_duplicate=False))
-    filled = {id(own[key]) for key in state.keys() & own.keys()}
     empty = [key for key in found.missing_keys if id(own.get(key)) not in filled]
     if wrong := [*empty, *found.unexpected_keys]:
         raise ValueError(

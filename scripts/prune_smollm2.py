@@ -1,0 +1,210 @@
+"""Heads of SmolLM2-135M: all ways of ranking them, on text and IOI, and a fifth cut for real.
+
+    python scripts/fetch_models.py && python scripts/prune_smollm2.py
+
+On running text (loss per token) and on IOI (logit difference, accuracy), heads go by every
+method of ``mi.head_importance`` and by chance; other text, other prompts judge. What is asked:
+
+- ``text``, ``ioi``: which ranking keeps most? Do redundant heads first (the atlas) beat
+  importance at the same count? And by the gates of Voita et al.: which kinds of head stay?
+- ``cut``: a fifth of the heads removed from the weights by the gradient's order: perplexity
+  before, after and healed, speed of decoding, key/value cache.
+
+Ranks on one children's book and heals on it, judges on another. Writes ``prune_smollm2_*.json``
+and figures into ``scripts/results/``.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_pruning import in_turns
+from scipy.stats import mannwhitneyu
+
+import mechinterp as mi
+from mechinterp.results import versions
+
+HERE = Path(__file__).parent
+BOOKS = HERE.parent / "tests" / "data"
+METHODS = ("gradient", "ablation", "redundancy", "hard_concrete", "shapley")
+# A head is of a kind from this score on. Voita et al. 2019: positional from 0.9.
+KINDS = {"positional": 0.9, "previous_token": 0.4, "induction": 0.3, "rare_token": 0.3}
+
+
+def main() -> None:
+    """Run the parts that are asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("parts", nargs="*", default=["ioi", "text", "cut"])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=4, help="pieces of text that rank")
+    parser.add_argument("--judge", type=int, default=8, help="pieces of text that judge")
+    parser.add_argument(
+        "--prompts", type=int, default=16, help="of IOI, to rank; twice to judge"
+    )
+    parser.add_argument("--points", type=int, default=9)
+    parser.add_argument("--draws", type=int, default=6)
+    parser.add_argument("--gates", type=int, default=150, help="steps of training them")
+    parser.add_argument("--heal", type=int, default=100)
+    parser.add_argument("--share", type=float, default=0.2)
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    model = mi.load_model(asked.model)
+    parts = {"ioi": ioi, "text": text, "cut": cut}
+    for name in asked.parts:
+        start = time.perf_counter()
+        found = parts[name](model, asked)
+        record = {
+            "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+            "asked": {k: v for k, v in vars(asked).items() if k not in ("out", "parts")},
+            **found,
+            "seconds": round(time.perf_counter() - start),
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
+        out = asked.out / f"prune_smollm2_{name}.json"
+        out.write_text(json.dumps(record, indent=1, default=float) + "\n")
+        print(json.dumps(found, indent=1, default=float), flush=True)
+
+
+def pieces(model: Any, asked: argparse.Namespace, book: str, n: int, first: int = 0) -> mi.Text:
+    """Return ``n`` pieces of a book."""
+    words = (BOOKS / f"{book}.txt").read_text(encoding="utf-8")
+    every = mi.Text.from_strings(model, [words], context=asked.context, name=book)
+    return every[first : first + n]
+
+
+def text(model: Any, asked: argparse.Namespace) -> dict:
+    """Return what all methods keep on text, ranked once, and the fate of kinds of head."""
+    curve = mi.pruning_curve(
+        model,
+        pieces(model, asked, "goblin", asked.rank),
+        method=METHODS,
+        steps=asked.points,
+        rescore=False,
+        evaluate_on=pieces(model, asked, "five_children", asked.judge),
+        draws=asked.draws,
+        options={"orders": 2, "steps": asked.gates, "batch_size": 4},
+    )
+    return told(curve, None, asked, "text") | {"kinds": kinds(model, curve, asked)}
+
+
+def ioi(model: Any, asked: argparse.Namespace) -> dict:
+    """Return what all methods keep on indirect object identification."""
+    task = mi.load_task("ioi", model)[: 3 * asked.prompts]
+    first = len(task) // 3
+    curve = mi.pruning_curve(
+        model,
+        task[:first],
+        method=METHODS,
+        steps=asked.points,
+        evaluate_on=task[first:],
+        metric={"logit_diff": "logit_diff", "accuracy": "accuracy"},
+        draws=asked.draws,
+        options={"orders": 2, "steps": asked.gates},
+    )
+    return told(curve, "logit_diff", asked, "ioi") | {
+        "accuracy": means(curve, "accuracy"),
+    }
+
+
+def told(curve: mi.PruningCurve, metric: str | None, asked: Any, name: str) -> dict:
+    """Return the curve's numbers, and save it with its picture."""
+    curve.save(asked.out / f"prune_smollm2_{name}.nc")
+    figure = curve.plot(metric=metric).get_figure(root=True)
+    assert figure is not None
+    figure.savefig(asked.out / f"prune_smollm2_{name}.png", dpi=150, bbox_inches="tight")
+    return {
+        "removed": curve.data["removed"].values.tolist(),
+        "mean": means(curve, metric),
+        "against_random": curve.against_random(metric=metric).to_dict("records"),
+        "between_methods": curve.between(metric=metric).to_dict("records"),
+        "can_go": curve.can_go(0.05, metric=metric).to_dict("records"),
+    }
+
+
+def means(curve: mi.PruningCurve, metric: str | None) -> dict[str, list[float]]:
+    """Return each method's mean metric along the curve, and that of random orders."""
+    value = curve.of_metric(curve.data["value"], metric).mean("prompt")
+    random = curve.of_metric(curve.data["random"], metric).mean(("prompt", "draw"))
+    methods = value["ranked_by"].values.tolist()
+    found = {m: value.sel(ranked_by=m).values.round(4).tolist() for m in methods}
+    return found | {"random": random.values.round(4).tolist()}
+
+
+def kinds(model: Any, curve: mi.PruningCurve, asked: argparse.Namespace) -> dict:
+    """Return when heads of each kind go by the gates: the share of heads gone before them."""
+    book = pieces(model, asked, "five_children", 8, first=asked.judge)
+    on_text = mi.head_scores(model, book, kinds=["positional", "previous_token", "rare_token"])
+    scores = {kind: on_text.mean()[kind] for kind in on_text.kinds}
+    scores["induction"] = mi.head_scores(model, n=20, kinds="induction").mean()["induction"]
+    order = curve.data["order"].sel(ranked_by="hard_concrete").values.tolist()
+    place = {name: (i + 0.5) / len(order) for i, name in enumerate(order)}
+    found = {}
+    for kind, least in KINDS.items():
+        own = scores[kind]
+        chosen = [
+            place[f"{layer}.{head}"]
+            for layer in own["layer"].values
+            for head in own["head"].values
+            if float(own.sel(layer=layer, head=head)) >= least
+        ]
+        others = sorted(set(place.values()) - set(chosen))
+        p = mannwhitneyu(chosen, others).pvalue if chosen and others else float("nan")
+        found[kind] = {
+            "at_least": least,
+            "heads": len(chosen),
+            "median_place": float(np.median(chosen)) if chosen else None,
+            "gone_among_first_half": float(np.mean(np.array(chosen) < 0.5)) if chosen else None,
+            "p_against_other_heads": float(p),
+        }
+    return found
+
+
+def cut(model: Any, asked: argparse.Namespace) -> dict:
+    """Return what removing a share of the heads costs and gains, before and after healing."""
+    ranking = pieces(model, asked, "goblin", asked.rank)
+    training = pieces(model, asked, "goblin", 10_000, first=asked.rank)
+    judging = pieces(model, asked, "five_children", asked.judge)
+    ranked = mi.pruning_curve(model, ranking, steps=10, evaluate_on=judging, draws=1)
+    count = round(asked.share * int(ranked.data["removed"].values[-1]))
+    heads = ranked.removed("gradient", count)
+    by_fold: dict[str, Any] = {
+        "zero": mi.prune_heads(model, heads),
+        "mean": mi.prune_heads(model, heads, fold="mean", mean_data=ranking),
+    }
+    loss = {"whole": model} | by_fold
+    losses = {name: float(judging.loss(one).mean()) for name, one in loss.items()}
+    best = min(by_fold, key=lambda fold: losses[fold])
+    healed = mi.heal(
+        by_fold[best], training, evaluate_on=judging, steps=asked.heal, batch_size=4
+    )
+    also = mi.heal(model, training, evaluate_on=judging, steps=asked.heal, batch_size=4)
+    losses |= {
+        f"{best}, healed": float(judging.loss(healed.model).mean()),
+        "whole, trained as long": float(judging.loss(also.model).mean()),
+    }
+    figure = healed.curve.plot().get_figure(root=True)
+    assert figure is not None
+    figure.savefig(asked.out / "prune_smollm2_heal.png", dpi=150, bbox_inches="tight")
+    timed = argparse.Namespace(batch=1, prompt=asked.context, new=16, repeats=5, seed=0)
+    both = {"whole": model, "pruned": healed.model}
+    return {
+        "heads": len(heads),
+        "of": int(ranked.data["removed"].values[-1]),
+        "loss": losses,
+        "perplexity": {name: float(np.exp(nats)) for name, nats in losses.items()},
+        "cost": {n: asdict(mi.cost(one, context=asked.context)) for n, one in both.items()},
+        "seconds_in_turns": in_turns(both, timed),
+    }
+
+
+if __name__ == "__main__":
+    main()
