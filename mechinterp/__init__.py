@@ -75,6 +75,7 @@ _HOME = {
     "mechinterp.models.pruned.record": ["Pruning", "pruning_of"],
     "mechinterp.inference": ["FewPromptsWarning"],
     "mechinterp.nulls": ["random_heads"],
+    "mechinterp.report.writing": ["report"],
     "mechinterp.results": ["Convention", "Result", "load_result"],
     "mechinterp.sites": ["MissingSiteError", "Site"],
     "mechinterp.tasks": [

@@ -84,6 +84,7 @@ from mechinterp.models.known import known_model as known_model
 from mechinterp.models.pruned.record import Pruning as Pruning
 from mechinterp.models.pruned.record import pruning_of as pruning_of
 from mechinterp.nulls import random_heads as random_heads
+from mechinterp.report.writing import report as report
 from mechinterp.results import Convention as Convention
 from mechinterp.results import Result as Result
 from mechinterp.results import load_result as load_result

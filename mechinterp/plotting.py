@@ -5,6 +5,7 @@ centred on zero and safe for colour-blind readers; amounts (attention) use a sca
 to blue. Labels come from the axes of the array, and are thinned where they would collide.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from textwrap import wrap
@@ -13,9 +14,11 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 from jaxtyping import Float
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 
 DIVERGING = "RdBu_r"
 SEQUENTIAL = "Blues"
@@ -48,10 +51,28 @@ def new_axes(width: float = 6.0, height: float = 3.2) -> Axes:
 
 def token_label(text: str) -> str:
     """Return a token as it can stand on an axis: visible spaces, no control characters."""
-    shown = text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
-    shown = "".join(c if c.isprintable() and c != "�" else "▯" for c in shown)
-    shown = shown.replace("$", r"\$")  # matplotlib would read a formula
+    shown = drawable(visible(text))
     return shown if len(shown) <= 14 else shown[:13] + "…"
+
+
+def drawable(text: str) -> str:
+    """Return a text as matplotlib draws it: no formulas, a box where the font has no sign."""
+    shown = "".join(c if c.isascii() or _has_glyph(c) else "▯" for c in text)
+    return re.sub(r"(?<!\\)\$", r"\\$", shown)  # matplotlib would read a formula
+
+
+def _has_glyph(sign: str) -> bool:
+    """Whether one of the fonts of ``rcParams["font.family"]`` has this sign."""
+    return any(
+        get_font(findfont(FontProperties(family=[family]))).get_char_index(ord(sign))
+        for family in rcParams["font.family"]
+    )
+
+
+def visible(text: str) -> str:
+    """Return a token with its spaces and line ends shown, and a box for what has no shape."""
+    shown = text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
+    return "".join(c if c.isprintable() and c != "�" else "▯" for c in shown)
 
 
 def heat_grid(
@@ -309,7 +330,7 @@ def _open_frame(ax: Axes) -> None:
 
 
 def _ticks(values: xr.DataArray, axis: str) -> list[str]:
-    return [str(label) for label in values[axis].values]
+    return [drawable(str(label)) for label in values[axis].values]
 
 
 def _axis_name(values: xr.DataArray, axis: str) -> str:

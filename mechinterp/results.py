@@ -21,7 +21,7 @@ import pandas as pd
 import xarray as xr
 from matplotlib.axes import Axes
 
-from mechinterp import inference, stats
+from mechinterp import html, inference, stats
 from mechinterp._files import written_beside
 from mechinterp.inference import FewPromptsWarning
 from mechinterp.stats.flips import N_FLIPS
@@ -262,6 +262,10 @@ class Result(ABC):
         if metric is not None and metric not in known:
             raise ValueError(f"metric {metric!r} was not measured, only {', '.join(known)}.")
         return values.sel(metric=metric or known[0]) if "metric" in values.dims else values
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: what was measured, the largest effects, a picture."""
+        return html.result_html(self)
 
     def equals(self, other: object) -> bool:
         """Whether ``other`` has the same class, numbers, labels and convention (NaN = NaN)."""
