@@ -41,6 +41,8 @@ _HOME = {
         "plan",
         "run_activations",
     ],
+    "mechinterp.heads.attention": ["attention_patterns"],
+    "mechinterp.heads.attention_result": ["AttentionPatterns"],
     "mechinterp.heads.composition": ["Composition", "composition"],
     "mechinterp.heads.dossier": ["induction_dossier"],
     "mechinterp.heads.dossier_account": ["InductionDossier"],

@@ -32,6 +32,8 @@ from mechinterp.engine import cell_logits as cell_logits
 from mechinterp.engine import cell_metrics as cell_metrics
 from mechinterp.engine import plan as plan
 from mechinterp.engine import run_activations as run_activations
+from mechinterp.heads.attention import attention_patterns as attention_patterns
+from mechinterp.heads.attention_result import AttentionPatterns as AttentionPatterns
 from mechinterp.heads.composition import Composition as Composition
 from mechinterp.heads.composition import composition as composition
 from mechinterp.heads.dossier import induction_dossier as induction_dossier

@@ -18,7 +18,7 @@ from mechinterp.metrics import UNITS
 from mechinterp.results import Result
 from mechinterp.stats import bootstrap_interval
 from mechinterp.tasks import Task
-from mechinterp.tasks.prompts import token_strings
+from mechinterp.tasks.prompts import token_texts
 
 Value = Literal["prob", "rank", "logit", "entropy", "kl", "surprisal"]
 LABELS = {
@@ -211,7 +211,7 @@ def labelled(
         dims = ["prompt", *axes, "position", *["target"] * (array.ndim > 3)]
         found[name] = (dims, whole)
     dims, ids = found["top_id"]
-    found["top_token"] = (dims, _texts(model, ids))
+    found["top_token"] = (dims, token_texts(model, ids))
     both = {"answer", "distractor"} <= set(asked.targets)
     name = "logit_diff" if both else "prob" if asked.targets else "kl"
     return xr.Dataset(found, coords), {name: UNITS[name]}
@@ -226,12 +226,4 @@ def _place(
 
 def _tokens_read(model: TransformerBridge, asked: Asked) -> np.ndarray:
     read = asked.prompts.tokens.cpu().gather(1, asked.index.clamp(min=0))
-    return _texts(model, torch.where(asked.index < 0, -1, read).numpy())
-
-
-def _texts(model: TransformerBridge, ids: np.ndarray) -> np.ndarray:
-    """Return each id as text, empty for -1; netCDF cannot hold a null character."""
-    known = [int(each) for each in np.unique(ids) if each >= 0]
-    words = dict(zip(known, token_strings(model, known), strict=True)) | {-1: ""}
-    texts = [words[int(each)].replace("\0", "␀") for each in ids.flat]
-    return np.array(texts, dtype=str).reshape(ids.shape)
+    return token_texts(model, torch.where(asked.index < 0, -1, read).numpy())
