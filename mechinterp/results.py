@@ -127,6 +127,8 @@ class Result(ABC):
         prompt. With several metrics, ``metric`` says which one ranks (default: the first).
         """
         effect = inference.per_case(self.effect_of(metric))
+        if set(effect.dims) <= {"prompt"}:
+            effect = effect.expand_dims(place=["all positions"])
         axes = [str(dim) for dim in effect.dims if dim != "prompt"]
         mean = effect.mean("prompt", skipna=False) if "prompt" in effect.dims else effect
         # NaN goes last.

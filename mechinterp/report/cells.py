@@ -7,8 +7,7 @@ import xarray as xr
 
 from mechinterp import inference
 from mechinterp.causal.patching_result import PatchingResult
-from mechinterp.plotting import visible
-from mechinterp.report.panels import Axis, Cells
+from mechinterp.report.panels import Axis, Cells, token
 from mechinterp.results import Result
 from mechinterp.stats import bootstrap_interval
 
@@ -47,13 +46,14 @@ def cells_of(result: Result) -> Cells | None:
 def axis_of(values: xr.DataArray, name: str) -> Axis:
     """Return an axis with a label for every place; positions show their tokens."""
     labels = [str(label) for label in values[name].values]
-    token = values.coords.get("token")
-    if name == "position" and token is not None and token.dims == ("position",):
+    words = values.coords.get("token")
+    if name == "position" and words is not None and words.dims == ("position",):
         labels = [
-            f"{place} {visible(str(word))}".strip()
-            for place, word in zip(labels, token.values, strict=True)
+            f"{place} {token(str(word))}".strip()
+            for place, word in zip(labels, words.values, strict=True)
         ]
-    return Axis(str(values[name].attrs.get("long_name", name.replace("_", " "))), labels)
+    said = str(values[name].attrs.get("long_name", name.replace("_", " ")))
+    return Axis(said, labels, values[name].dtype.kind in "iu")
 
 
 def _values(result: Result, effect: xr.DataArray) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -79,7 +79,8 @@ def _scales(result: Result) -> list[tuple[str, float]]:
     if "metric" in result.effect.dims or len(metrics) != 1:
         return [("effect", 1.0)]
     ((name, unit),) = metrics.items()
-    scales = [(f"effect on {name}" + (f" ({unit})" if unit else ""), 1.0)]
+    said = f"effect on {name}" if result.signed else name
+    scales = [(said + (f" ({unit})" if unit else ""), 1.0)]
     if isinstance(result, PatchingResult):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the share of a doubtful gap is not offered

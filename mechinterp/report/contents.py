@@ -1,4 +1,4 @@
-"""What a report shows of a result: its own panels, every cell, its largest numbers, a figure."""
+"""What a report shows of a result: its own panels, every cell, the largest, a figure."""
 
 from mechinterp.html import described, png_of
 from mechinterp.report.cells import cells_of

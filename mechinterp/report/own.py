@@ -11,7 +11,6 @@ from mechinterp.heads.attention_result import AttentionPatterns
 from mechinterp.heads.scores_result import HeadScores
 from mechinterp.lens.attribution_result import DirectAttributionResult
 from mechinterp.lens.lens_result import LABELS, LensResult
-from mechinterp.plotting import visible
 from mechinterp.report.panels import (
     AttentionPrompt,
     AttentionView,
@@ -24,6 +23,7 @@ from mechinterp.report.panels import (
     Lines,
     Panel,
     Waterfall,
+    token,
 )
 from mechinterp.results import Result
 from mechinterp.stats import bootstrap_interval
@@ -61,7 +61,7 @@ def _attention(result: AttentionPatterns) -> list[Panel]:
     prompts = [
         AttentionPrompt(
             f"prompt {prompt}",
-            [visible(str(token)) for token in result.tokens(prompt)],
+            [token(word) for word in result.tokens(prompt)],
             [column[i] for column in packed],
         )
         for i, prompt in enumerate(result.data["prompt"].values.tolist())
@@ -105,7 +105,7 @@ def _lens_table(result: LensResult) -> LensTable:
         prompts.append(
             LensPrompt(
                 f"prompt {label}",
-                [f"{p} {visible(str(t))}" for p, t in zip(at, tokens, strict=True)],
+                [f"{p} {token(str(t))}" for p, t in zip(at, tokens, strict=True)],
                 places[i][:, inside].astype(np.int32),
                 {name: own.values[i][:, inside] for name, own in arrays.items()},
             )
@@ -114,7 +114,7 @@ def _lens_table(result: LensResult) -> LensTable:
     return LensTable(
         "First choice at every layer",
         [str(layer) for layer in data["layer"].values],
-        [visible(str(word)) for word in words],
+        [token(str(word)) for word in words],
         prompts,
         {name: labels[name] for name in arrays},
         note,
@@ -134,7 +134,7 @@ def _trajectories(result: LensResult) -> Lines:
         lines = []
         for target in targets:
             own = data[name] if target is None else data[name].sel(target=target)
-            label = LABELS[name] if target is None else visible(str(target))
+            label = LABELS[name] if target is None else token(str(target))
             lines.append(Line(label, *_over_prompts(own, logarithmic=name == "rank")))
         charts.append(Chart(LABELS[name], lines, name == "rank"))
     n = inference.per_case(data["entropy"]).sizes["prompt"]

@@ -7,18 +7,25 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
+from unicodedata import bidirectional
 from zlib import compress
 
 import numpy as np
 import pandas as pd
 
+from mechinterp.plotting import visible
+
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a panel: its name, and the label of every place on it."""
+    """One axis of a panel: its name, the label of every place on it, and whether they count.
+
+    Places that are ``ordered`` (layers, positions) are joined by lines, named ones are not.
+    """
 
     name: str
     labels: Sequence[str]
+    ordered: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +170,14 @@ class Picture:
     png: bytes
     described: str
     note: str = field(default="")
+
+
+def token(text: str) -> str:
+    """Return a token as the page shows it: visible, and right-to-left words kept together."""
+    shown = visible(text)
+    if any(bidirectional(letter) in ("R", "AL") for letter in shown):
+        return f"\u2068{shown}\u2069"  # isolates, so that what stands beside it keeps its order
+    return shown
 
 
 Panel = Cells | Lines | Table | LensTable | AttentionView | Waterfall | Picture

@@ -85,10 +85,10 @@ Report.lines = (told) => {
     y: { type: logarithmic ? "log" : "linear", grid: true, label: null, nice: true },
     marks: [
       ...(logarithmic ? [] : [Plot.ruleY([0], { stroke: "var(--soft)" })]),
-      ...lines.map((_, k) => (labels.length > 1
+      ...lines.map((_, k) => (told.ordered && labels.length > 1
         ? Plot.areaY(bands.filter((b) => b.k === k), { x: "i", y1: "low", y2: "high", fill: colour({ k }), fillOpacity: 0.2 })
         : Plot.ruleX(bands.filter((b) => b.k === k), { x: "i", y1: "low", y2: "high", stroke: colour({ k }), strokeWidth: 1.5 }))),
-      ...lines.map((_, k) => Plot.line(points.filter((p) => p.k === k), { x: "i", y: "y", stroke: colour({ k }), strokeWidth: 1.6 })),
+      ...(told.ordered ? lines : []).map((_, k) => Plot.line(points.filter((p) => p.k === k), { x: "i", y: "y", stroke: colour({ k }), strokeWidth: 1.6 })),
       Plot.dot(points, { x: "i", y: "y", r: labels.length > 80 ? 1.5 : 3, stroke: colour, fill: (p) => (p.filled ? colour(p) : "var(--paper)") }),
       Plot.axisX(ticks, { tickFormat: (i) => Report.short(labels[i]), tickRotate: turned ? -90 : 0, label: told.axis, labelArrow: "none", labelAnchor: "center", labelOffset: marginBottom - 6 }),
       Plot.axisY({ label, labelArrow: "none", labelAnchor: "center", ticks: 6, tickFormat: logarithmic ? "~s" : undefined }),
@@ -163,7 +163,7 @@ Report.draw.cells = (body, told) => {
       const line = { y: take((j) => number("mean", j)), low: take((j) => ends(j)[0]), high: take((j) => ends(j)[1]) };
       if (values.p && state.prompt < 0) line.marked = (i) => p(k(i)) < 0.05;
       plot = Report.lines({
-        labels: columns, lines: [line], label, width, axis: axes[right].name,
+        labels: columns, lines: [line], label, width, axis: axes[right].name, ordered: axes[right].ordered,
         say: (_, i) => Report.interval(line.y[i], line.low[i], line.high[i], p(k(i))),
       });
     } else {
@@ -215,7 +215,7 @@ Report.draw.lines = (body, told) => {
   const draw = () => {
     const { name, lines, logarithmic } = charts[chosen];
     const plot = Report.lines({
-      labels: told.x.labels, lines, label: name, logarithmic, axis: told.x.name,
+      labels: told.x.labels, lines, label: name, logarithmic, axis: told.x.name, ordered: told.x.ordered,
       width: Math.min(900, chart.area.clientWidth || 700),
       say: (line, i) => `${line.name} ${Report.interval(line.y[i], line.low?.[i], line.high?.[i])}`,
     });

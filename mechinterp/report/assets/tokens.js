@@ -7,6 +7,7 @@ Report.draw.attention = (body, told) => {
   const words = Report.el("div", { class: "tokens", role: "listbox", "aria-label": "Tokens of the prompt", tabindex: 0 });
   const readout = Report.el("output", { class: "readout", "aria-live": "polite" }, "Point at a token, or move through them with the arrow keys.");
   body.append(controls, words, readout);
+  body.append(Report.el("div", { class: "legend-box" }, Plot.legend({ color: { type: "linear", scheme: "Blues", domain: [0, 1], label: "attention (share)" }, width: 260, height: 44 })));
   const matrix = Report.chart(body, `${told.title}: pattern of the chosen head`);
   let pattern = null, spans = [];
   const tokens = () => told.prompts[state.prompt].tokens;
@@ -34,12 +35,12 @@ Report.draw.attention = (body, told) => {
     const size = Math.min(560, Math.max(220, 22 * n), (matrix.area.clientWidth || 600) - 130);
     const ticks = Report.thinned(n, size / 14);
     const svg = Plot.plot({
-      width: size + 130, height: size + 100, marginLeft: 110, marginBottom: 90, marginTop: 10, marginRight: 20,
+      width: size + 130, height: size + 130, marginLeft: 110, marginBottom: 120, marginTop: 10, marginRight: 20,
       x: { type: "linear", domain: [0, n], label: null }, y: { type: "linear", domain: [n, 0], label: null },
       color: { type: "sequential", scheme: "Blues", domain: [0, 1] },
       marks: [
         Plot.raster(pattern, { width: n, height: n, x1: 0, x2: n, y1: 0, y2: n, fill: (v) => v / 255, imageRendering: "pixelated" }),
-        Plot.axisX(ticks.map((i) => i + 0.5), { tickFormat: (i) => Report.short(labels[i - 0.5]), tickRotate: -90, tickSize: 0, label: "key: what is looked at", labelArrow: "none", labelAnchor: "center", labelOffset: 86 }),
+        Plot.axisX(ticks.map((i) => i + 0.5), { tickFormat: (i) => Report.short(labels[i - 0.5]), tickRotate: -90, tickSize: 0, label: "key: what is looked at", labelArrow: "none", labelAnchor: "center", labelOffset: 114 }),
         Plot.axisY(ticks.map((i) => i + 0.5), { tickFormat: (i) => Report.short(labels[i - 0.5]), tickSize: 0, label: "query: who looks", labelArrow: "none", labelAnchor: "center", labelOffset: 104 }),
       ],
     });
