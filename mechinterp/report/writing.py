@@ -1,6 +1,7 @@
 """Writing a report: from a result, a saved one or a folder of them to one HTML file."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from mechinterp._files import written_beside
@@ -8,7 +9,7 @@ from mechinterp.report.contents import panels_of
 from mechinterp.report.page import Section, page
 from mechinterp.results import Result, load_result
 
-Source = Result | str | os.PathLike[str]
+Source = Result | Mapping[str, Result] | str | os.PathLike[str]
 
 
 def report(
@@ -26,7 +27,8 @@ def report(
 
     Args:
         source: A result, a file that ``save`` wrote, or a folder of such files (``.nc``, also
-            in folders inside it), which become one report with a table of contents.
+            in folders inside it), which become one report with a table of contents; or results
+            by name, in their order.
         path: Where to write, ending in ``.html``. Completely or not at all.
         title: What stands at the top. Default: the name of the data or of the folder.
         account: Plain text to begin with.
@@ -51,11 +53,17 @@ def report(
     named, left_out = _results(source)
     sections = [Section(name, result, panels_of(result)) for name, result in named]
     if title is None:
-        title = named[0][0] if isinstance(source, Result) else Path(source).resolve().name
+        title = _title(source, named[0][0])
     text = page(sections, title, account, left_out)
     with written_beside(final) as part:
         part.write_text(text, encoding="utf-8")
     return final
+
+
+def _title(source: Source, first: str) -> str:
+    if isinstance(source, str | os.PathLike):
+        return Path(source).resolve().stem
+    return first if isinstance(source, Result) else "Results"
 
 
 def _results(source: Source) -> tuple[list[tuple[str, Result]], list[str]]:
@@ -63,6 +71,10 @@ def _results(source: Source) -> tuple[list[tuple[str, Result]], list[str]]:
     if isinstance(source, Result):
         convention = source.convention
         return [(f"{convention.method.replace('_', ' ')} · {convention.data}", source)], []
+    if isinstance(source, Mapping):
+        if not source:
+            raise ValueError("there are no results to report. Name at least one.")
+        return list(source.items()), []
     place = Path(source)
     if not place.is_dir():
         return [(place.stem, load_result(place))], []
