@@ -7,7 +7,7 @@ to blue. Labels come from the axes of the array, and are thinned where they woul
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Literal
 
@@ -20,6 +20,8 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
+from mechinterp.stats import bootstrap_interval
+
 DIVERGING = "RdBu_r"
 SEQUENTIAL = "Blues"
 # Okabe and Ito's palette, without yellow, which is too light for lines.
@@ -28,6 +30,7 @@ NOTEBOOK_WIDTH = 9.0  # inches
 _SMALL = 8
 _LETTERS = 18  # of that size to an inch
 _MOST_TICKS = 36
+_MOST_SHAPES = 20_000
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -90,7 +93,7 @@ def heat_grid(
 
     ``label`` says what the colours mean, with the unit. ``columns`` and ``rows`` replace the
     tick labels of the two axes, ``limit`` the largest size on the scale (default: the largest
-    value). Cells that are true in ``marked`` get a dot. NaN is drawn in grey. Amounts, which
+    value). Cells that are true in ``marked`` get a dot. NaN is hatched grey. Amounts, which
     are not ``signed``, are white at 0 and blue at the limit.
     """
     row_axis, column_axis = (str(dim) for dim in values.dims)
@@ -105,7 +108,8 @@ def heat_grid(
     numbers = np.ma.masked_invalid(np.asarray(values.values, dtype=float))
     top = limit if limit is not None else _limit(numbers)
     colours = {"cmap": DIVERGING, "vmin": -top} if signed else {"cmap": SEQUENTIAL, "vmin": 0}
-    mesh = ax.pcolormesh(numbers, vmax=top, edgecolors="white", **colours)
+    many = numbers.size > _MOST_SHAPES  # as a picture inside the PDF, not as so many shapes
+    mesh = ax.pcolormesh(numbers, vmax=top, edgecolors="white", rasterized=many, **colours)
     mesh.set_linewidth(0.4 if numbers.size <= 1200 else 0.0)
     _finish_grid(ax, mesh, label, columns, rows)
     if marked is not None:
@@ -167,7 +171,7 @@ def word_grid(
 
     The first axis runs upwards. ``label`` says what the colours mean, with the unit,
     ``columns`` replace the tick labels of the second axis, and ``limit`` is the top of the
-    scale (default: the largest value). NaN is drawn in grey.
+    scale (default: the largest value). NaN is hatched grey.
     """
     row_axis, column_axis = (str(dim) for dim in values.dims)
     columns = list(columns) if columns is not None else _ticks(values, column_axis)
@@ -247,13 +251,51 @@ def attention_pattern(
     columns = labels if labels is not None else [str(i) for i in range(n_key)]
     rows = labels if labels is not None else [str(i) for i in range(n_query)]
     ax = ax if ax is not None else new_axes(5.6, 5.0)
-    mesh = ax.pcolormesh(pattern, cmap=SEQUENTIAL, vmin=0, vmax=1)
-    _finish_grid(ax, mesh, "attention" if colour_bar else None, columns, rows)
+    many = pattern.size > _MOST_SHAPES  # as a picture inside the PDF, not as so many shapes
+    mesh = ax.pcolormesh(pattern, cmap=SEQUENTIAL, vmin=0, vmax=1, rasterized=many)
+    _finish_grid(ax, mesh, "attention (share)" if colour_bar else None, columns, rows)
     ax.invert_yaxis()
     ax.set_aspect("equal")
     ax.set_xlabel("key position")
     ax.set_ylabel("query position")
-    ax.set_title(title, fontsize=10)
+    ax.set_title(title, fontsize=10, loc="left")
+    return ax
+
+
+def waterfall(
+    bars: Mapping[str, Float[np.ndarray, " prompt"]],
+    *,
+    ax: Axes | None = None,
+    label: str = "",
+    ends: int = 1,
+) -> Axes:
+    """Draw what adds up to a total: every bar starts where the last one ended.
+
+    ``bars`` maps names to values per prompt, the last one being the total, which stands on the
+    axis. The first ``ends - 1`` bars are grey like the total; others are blue upwards and red
+    downwards. Lines are 95 % intervals of the means. ``label`` is the unit's axis.
+    """
+    ax = ax if ax is not None else new_axes(NOTEBOOK_WIDTH, 1.1 + 0.26 * len(bars))
+    values = np.stack(list(bars.values()))
+    means = values.mean(1)
+    y = np.arange(len(bars))
+    starts = np.concatenate([[0.0], np.cumsum(means[:-1])])
+    starts[-1] = 0.0  # the total stands on the axis
+    signs = [COLOURS[1] if mean < 0 else COLOURS[0] for mean in means]
+    colours = ["0.35" if i < ends - 1 or i == len(y) - 1 else c for i, c in enumerate(signs)]
+    ax.barh(y, means, left=starts, color=colours, height=0.7)
+    reached = np.cumsum(means[:-1])
+    ax.vlines(reached, y[:-1] + 0.35, y[1:] - 0.35, color="0.6", linewidth=0.7)
+    if values.shape[1] > 1:
+        low, high = bootstrap_interval(values)
+        ax.hlines(y, starts + low, starts + high, color="0.1", linewidth=1.2)
+    ax.axvline(0, color="0.4", linewidth=0.8)
+    ax.set_yticks(y, [drawable(name) for name in bars], fontsize=_SMALL)
+    ax.invert_yaxis()
+    ax.set_ylabel("component")
+    ax.set_xlabel(label)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=_SMALL)
     return ax
 
 
@@ -299,7 +341,7 @@ def _finish_grid(
     """Label a grid and, unless ``label`` is None, its colours."""
     _set_ticks(ax, "x", np.arange(len(columns)) + 0.5, columns)
     _set_ticks(ax, "y", np.arange(len(rows)) + 0.5, rows)
-    ax.set_facecolor("0.85")
+    ax.patch.set(facecolor="0.9", hatch="////", edgecolor="0.7", linewidth=0)
     ax.spines[:].set_visible(False)
     if label is not None:
         bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.08, aspect=30)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp import inference, plotting
@@ -108,6 +109,34 @@ class LensResult(Result):
         if prompt is None and many:
             return self._lines(ax, value)
         return self._grid(ax, 0 if prompt is None else prompt, value or "prob", start)
+
+    def figure(self) -> Figure:
+        """Draw what happens along the layers: rank, probability and entropy beside each other.
+
+        Means over prompts (and positions) with 95 % intervals over prompts; without targets
+        the entropy alone, with the KL to the model's own prediction where that is defined.
+
+        Raises:
+            ValueError: Heads or neurons were read, which ``plot`` ranks.
+        """
+        if not {"head", "neuron"}.isdisjoint(self.data.dims):
+            raise ValueError(
+                "heads and neurons have no trajectory along the layers. Use plot()."
+            )
+        shown: list[Value] = [name for name in ("rank", "prob") if name in self.data]
+        shown += ["entropy"] if shown else ["entropy", "kl"]
+        width = plotting.NOTEBOOK_WIDTH + 1.0 if len(shown) == 3 else plotting.NOTEBOOK_WIDTH
+        figure = plotting.new_figure(width, 3.1)
+        for ax, value in zip(figure.subplots(1, len(shown)), shown, strict=True):
+            self._lines(ax, value)
+            ax.set_title("")
+            for note in list(ax.texts):
+                note.remove()
+        n = inference.per_case(self.data["entropy"]).sizes["prompt"]
+        bands = "one prompt: no intervals" if n == 1 else f"95 % intervals over {n} prompts"
+        heading = f"{self._title('along the layers')} · {bands}"
+        figure.suptitle(heading, fontsize=10, x=0.01, ha="left")
+        return figure
 
     def _grid(self, ax: Axes | None, prompt: int, value: str, start: int) -> Axes:
         data = self.data.isel(prompt=prompt)

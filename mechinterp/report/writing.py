@@ -62,7 +62,8 @@ def report(
 
 def _title(source: Source, first: str) -> str:
     if isinstance(source, str | os.PathLike):
-        return Path(source).resolve().stem
+        place = Path(source).resolve()
+        return place.name if place.is_dir() else place.stem
     return first if isinstance(source, Result) else "Results"
 
 
