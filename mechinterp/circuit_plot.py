@@ -1,4 +1,4 @@
-"""A circuit as a diagram: nodes at the height of their layer, arrows as wide as their weight."""
+"""A circuit as a diagram: nodes at the height of their layer, arrows as wide as weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import FancyArrowPatch
 
 from mechinterp import plotting
+
+_BENDS = {"q": 0.1, "k": 0.0, "v": -0.1}
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,10 @@ def path_diagram(edges: Sequence[Edge], *, ax: Axes | None = None, label: str = 
     widest = max(sum(node.layer == height for node in places) for height in heights)
     if ax is None:
         width = float(np.clip(2.4 + 1.15 * widest, 5.0, plotting.NOTEBOOK_WIDTH))
-        ax = plotting.new_axes(width, float(np.clip(1.3 + 1.15 * len(heights), 3.2, 8.0)))
+        ax = plotting.new_axes(width, float(np.clip(1.8 + 1.15 * len(heights), 4.2, 8.0)))
     top = max(abs(edge.weight) for edge in edges) or 1.0
     colours = ScalarMappable(Normalize(-top, top), colormaps[plotting.DIVERGING])
-    for i, edge in enumerate(sorted(edges, key=lambda edge: abs(edge.weight))):
+    for i, edge in enumerate(sorted(edges, key=lambda edge: places[edge.receiver])):
         _arrow(ax, edge, places, colours, top, i)
     for node, (x, y) in places.items():
         ax.text(
@@ -102,10 +104,29 @@ def _places(edges: Sequence[Edge]) -> dict[Node, tuple[float, float]]:
             return float(np.mean(near)) if near else 0.5
 
         own = sorted(own, key=lambda node: (pull(node), node.name)) if y else own
-        shift = 0.06 * (-1) ** y if len(heights) > 2 else 0.0  # off the nodes on the way
         for i, node in enumerate(own):
-            found[node] = (float(np.clip((i + 0.5) / len(own) + shift, 0.03, 0.97)), float(y))
+            found[node] = ((i + 0.5) / len(own), float(y))
+    for height in heights[1:-1]:
+        _step_aside(found, [node for node in nodes if node.layer == height], edges)
     return found
+
+
+def _step_aside(
+    places: dict[Node, tuple[float, float]], row: Sequence[Node], edges: Sequence[Edge]
+) -> None:
+    """Move a row of nodes sideways, off the arrows that pass between others."""
+    y = places[row[0]][1]
+    passing = [
+        (x0 + (y - y0) / (y1 - y0) * (x1 - x0))
+        for (x0, y0), (x1, y1) in ((places[e.sender], places[e.receiver]) for e in edges)
+        if y0 < y < y1
+    ]
+    own = np.array([places[node][0] for node in row])
+    shifts = np.array(sorted(np.linspace(-0.45, 0.45, 31) / len(row), key=abs))
+    gaps = own[:, None] + shifts - np.array(passing)[:, None, None]  # passing node shift
+    crowded = np.exp(-((gaps / 0.07) ** 2)).sum((0, 1)) + 0.02 * np.abs(shifts)
+    for node, x in zip(row, own + shifts[crowded.argmin()], strict=True):
+        places[node] = (float(np.clip(x, 0.02, 0.98)), y)
 
 
 def _arrow(
@@ -118,13 +139,14 @@ def _arrow(
 ) -> None:
     share = abs(edge.weight) / top
     (x0, y0), (x1, y1) = places[edge.sender], places[edge.receiver]
+    bend = _BENDS.get(edge.input, 0.06)  # apart, where several lead from one node to another
     colour = colours.to_rgba(np.sign(edge.weight) * max(abs(edge.weight), 0.35 * top))
     ax.add_patch(
         FancyArrowPatch(
             (x0, y0),
             (x1, y1),
             arrowstyle="-|>",
-            connectionstyle="arc3,rad=0.08",
+            connectionstyle=f"arc3,rad={bend}",
             mutation_scale=9 + 6 * share,
             linewidth=0.8 + 4.2 * share,
             linestyle="-" if edge.significant else (0, (3, 2)),
@@ -134,11 +156,12 @@ def _arrow(
             zorder=2,
         )
     )
-    at = 0.42 + 0.16 * (turn % 2)  # every other label higher up, so that neighbours part
+    at = 0.3 + 0.13 * (turn % 4)  # at different heights, so that neighbours part
+    digits = max(0, 1 - int(np.floor(np.log10(top))))
     ax.text(
         x0 + at * (x1 - x0),
         y0 + at * (y1 - y0),
-        " ".join(filter(None, [edge.input, f"{edge.weight:+.2g}"])),
+        " ".join(filter(None, [edge.input, f"{edge.weight:+.{digits}f}"])),
         fontsize=7,
         color="0.15",
         ha="center",

@@ -228,7 +228,7 @@ def trajectories(
     if logarithmic:
         ax.set_yscale("log")
     if len(names) > 1:
-        ax.legend(fontsize=_SMALL, frameon=False)
+        legend(ax)
     _set_ticks(ax, "x", x, ticks)
     ax.set_xlim(-0.5, len(ticks) - 0.5)
     ax.set_xlabel(_axis_name(mean, row_axis))
@@ -260,6 +260,12 @@ def attention_pattern(
     ax.set_ylabel("query position")
     ax.set_title(title, fontsize=10, loc="left")
     return ax
+
+
+def legend(ax: Axes) -> None:
+    """Name the lines to the right of the axes, where they hide nothing."""
+    # matplotlib's search for the best place warns, on a busy machine, that it is slow.
+    ax.legend(fontsize=_SMALL, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def waterfall(
@@ -335,6 +341,11 @@ def _height(ax: Axes) -> float:
     return ax.get_window_extent().height / ax.figure.dpi * 72
 
 
+def _width(ax: Axes) -> float:
+    """Return how wide the axes are, in points."""
+    return ax.get_window_extent().width / ax.figure.dpi * 72
+
+
 def _finish_grid(
     ax: Axes, mesh: QuadMesh, label: str | None, columns: Sequence[str], rows: Sequence[str]
 ) -> None:
@@ -345,7 +356,8 @@ def _finish_grid(
     ax.spines[:].set_visible(False)
     if label is not None:
         bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.08, aspect=30)
-        bar.set_label(label, fontsize=9)
+        missing = np.ma.is_masked(mesh.get_array())
+        bar.set_label(f"{label}; hatched: none" if missing else label, fontsize=9)
         bar.ax.tick_params(labelsize=_SMALL, length=2)
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
@@ -354,13 +366,14 @@ def _set_ticks(
     ax: Axes, which: Literal["x", "y"], places: np.ndarray, labels: Sequence[str]
 ) -> None:
     most = _MOST_TICKS
-    if which == "y":  # a line of small print each
-        most = min(most, max(4, int(_height(ax) / (1.1 * _SMALL))))
+    size = _height(ax) if which == "y" else _width(ax)
+    most = min(most, max(4, int(size / (1.1 * _SMALL))))  # a line of small print each
     step = max(1, -(-len(labels) // most))
     axis = ax.xaxis if which == "x" else ax.yaxis
     shown = list(labels[::step])
     axis.set_ticks(places[::step], shown)
-    turn = which == "x" and max(map(len, shown), default=0) * len(shown) > 60
+    letters = max(map(len, shown), default=0) * len(shown)
+    turn = which == "x" and letters > min(60, _width(ax) / (0.6 * _SMALL))
     ax.tick_params(axis=which, labelsize=_SMALL, length=0, labelrotation=90 if turn else 0)
 
 

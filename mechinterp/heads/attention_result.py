@@ -122,6 +122,7 @@ class AttentionPatterns(Result):
             ax.set_title(f"head {shown[i][0]}.{shown[i][1]}", fontsize=9, loc="left", pad=4)
             ax.set_ylabel("query" if i % columns == 0 else "")
             ax.set_xlabel("key" if i + columns >= len(shown) else "")
+            ax.tick_params(labelleft=i % columns == 0, labelbottom=i + columns >= len(shown))
         mesh = panels.flat[0].collections[0]
         bar = figure.colorbar(mesh, ax=list(panels.flat), shrink=0.5, aspect=25, pad=0.02)
         bar.set_label("attention (share)", fontsize=9)

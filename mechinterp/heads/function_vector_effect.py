@@ -112,7 +112,7 @@ class FunctionVectorEffect(Result):
         ax.set_ylabel(f"{name.replace('_', ' ')} of the answer's first token ({unit})")
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
-        ax.legend(fontsize=8, frameon=False)
+        plotting.legend(ax)
         n, p = self.data.sizes["prompt"], float(self.p_random(metric=metric).min())
         plotting.title(
             ax,

@@ -129,9 +129,12 @@ class LensResult(Result):
         figure = plotting.new_figure(width, 3.1)
         for ax, value in zip(figure.subplots(1, len(shown)), shown, strict=True):
             self._lines(ax, value)
-            ax.set_title("")
+            ax.set_title("", loc="left")
             for note in list(ax.texts):
                 note.remove()
+            named = ax.get_legend()
+            if named is not None and value == "rank":  # the same lines as in the next panel
+                named.remove()
         n = inference.per_case(self.data["entropy"]).sizes["prompt"]
         bands = "one prompt: no intervals" if n == 1 else f"95 % intervals over {n} prompts"
         heading = f"{self._title('along the layers')} · {bands}"
