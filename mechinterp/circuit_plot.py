@@ -54,7 +54,10 @@ def path_diagram(edges: Sequence[Edge], *, ax: Axes | None = None, label: str = 
     top = max(abs(edge.weight) for edge in edges) or 1.0
     colours = ScalarMappable(Normalize(-top, top), colormaps[plotting.DIVERGING])
     for i, edge in enumerate(sorted(edges, key=lambda edge: places[edge.receiver])):
-        _arrow(ax, edge, places, colours, top, i)
+        together = sum(
+            (other.sender, other.receiver) == (edge.sender, edge.receiver) for other in edges
+        )
+        _arrow(ax, edge, places, colours, top, i, together > 1)
     for node, (x, y) in places.items():
         ax.text(
             x,
@@ -136,10 +139,12 @@ def _arrow(
     colours: ScalarMappable,
     top: float,
     turn: int,
+    several: bool,
 ) -> None:
+    """Draw one edge, bent apart from others where ``several`` lead from node to node."""
     share = abs(edge.weight) / top
     (x0, y0), (x1, y1) = places[edge.sender], places[edge.receiver]
-    bend = _BENDS.get(edge.input, 0.06)  # apart, where several lead from one node to another
+    bend = _BENDS.get(edge.input, 0.0) if several else 0.0
     colour = colours.to_rgba(np.sign(edge.weight) * max(abs(edge.weight), 0.35 * top))
     ax.add_patch(
         FancyArrowPatch(

@@ -3,12 +3,15 @@
 import base64
 import json
 import re
+import sys
 import zlib
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
+from matplotlib.figure import Figure
 from test_cli import run
 from test_plotting import patching
 
@@ -201,3 +204,30 @@ def test_what_cannot_be_drawn_or_ranked_is_named_in_a_notebook():
     made = patching(layer=range(2))
     html = Odd(made.data, made.convention)._repr_html_()
     assert "No picture: no &lt;picture&gt; today" in html and "<table" in html
+
+
+def test_the_picture_of_a_notebook_is_not_shown_twice(monkeypatch):
+    from matplotlib import pyplot
+
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: object()))
+    monkeypatch.setattr(pyplot, "figure", lambda **told: kept.append(1) or Figure(**told))
+    kept: list[int] = []
+    closed = []
+    monkeypatch.setattr(pyplot, "close", closed.append)
+    patching(layer=range(4))._repr_html_()
+    assert kept == [1] and len(closed) == 1
+
+
+def test_a_result_survives_a_saved_notebook_and_nbconvert(tmp_path):
+    nbformat = pytest.importorskip("nbformat")
+    exporters = pytest.importorskip("nbconvert").HTMLExporter
+    result = patching(layer=range(2), position=range(6), token=HOSTILE)
+    shown = nbformat.v4.new_output(
+        "execute_result", {"text/html": result._repr_html_()}, execution_count=1
+    )
+    cell = nbformat.v4.new_code_cell("result", outputs=[shown], execution_count=1)
+    path = tmp_path / "a.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    html, _ = exporters().from_notebook_node(nbformat.read(path, as_version=4))
+    assert "data:image/png;base64," in html and "<b>PatchingResult</b>" in html
+    assert f"{result.top(1)['effect'].item():.4g}" in html and "<script>alert" not in html
