@@ -1,4 +1,4 @@
-"""Attention patterns are those of the model, rounded to 1/255, of the heads that look sharply."""
+"""Attention patterns are the model's own, rounded to 1/255, of heads that look sharply."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,7 @@
 """Figures look as they did, say what is missing, and stand hostile tokens and long prompts."""
 
 import io
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,6 @@ import mechinterp as mi
 from mechinterp import plotting
 from mechinterp.circuit_plot import Edge, Node, path_diagram
 from mechinterp.html import figure_of, png_of
-from mechinterp.results import Convention
 
 
 def fingerprint(drawn: Axes | Figure) -> int:
@@ -53,9 +53,9 @@ def paths(n: int = 12, sizes: tuple[float, ...] = (2.0, -1.0, 0.02)) -> mi.Patch
         "via": [],
         "frozen": "attention and MLPs",
     }
-    made = vars(patching(layer=[0]).convention)
-    changed = {"method": "path_patching", "settings": told, "site": None}
-    return mi.PatchingResult(data, Convention(**{**made, **changed}))
+    made = patching(layer=[0]).convention
+    made = replace(made, method="path_patching", settings=told, site=None)
+    return mi.PatchingResult(data, made)
 
 
 def tokens_by_layers() -> xr.DataArray:

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,10 +67,12 @@ def attention(length: int = 6, heads: tuple[str, ...] = ("0.0", "1.0")) -> mi.At
             "token": (("prompt", "query_pos"), [tokens]),
         },
     )
-    made = vars(patching(layer=[0]).convention) | {"method": "attention_patterns"}
-    return mi.AttentionPatterns(
-        data, mi.Convention(**made | {"metrics": {"sharpness": "share of attention"}})
+    convention = replace(
+        patching(layer=[0]).convention,
+        method="attention_patterns",
+        metrics={"sharpness": "share of attention"},
     )
+    return mi.AttentionPatterns(data, convention)
 
 
 def test_a_report_loads_nothing_and_holds_every_number(tmp_path):

@@ -7,7 +7,7 @@ chromium``); without them these tests skip.
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -266,13 +266,12 @@ def test_a_waterfall_adds_up(opened, tmp_path):
         dims=("prompt", "component"),
         coords={"prompt": [0, 1], "component": ["embed", "0.1", "mlp 0"]},
     )
-    made = patching(layer=[0]).convention
     data = xr.Dataset({"share": shares, "total": shares.sum("component")}).assign_coords(
         kind=("component", ["embed", "head", "mlp"]),
         layer=("component", [-1, 0, 0]),
         head=("component", [-1, 1, -1]),
     )
-    made = mi.Convention(**{**vars(made), "settings": {"attributed": "logit_diff"}})
+    made = replace(patching(layer=[0]).convention, settings={"attributed": "logit_diff"})
     result = mi.DirectAttributionResult(data, made)
     view = opened(mi.report(result, tmp_path / "a.html"))
     falls = panel("What writes the answer")

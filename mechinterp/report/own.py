@@ -40,7 +40,7 @@ def own_panels(result: Result) -> list[Panel]:
 
 def has_own_cells(result: Result) -> bool:
     """Whether the panel of all effects would show nothing that its own panels do not."""
-    return isinstance(result, DirectAttributionResult | HeadScores)
+    return isinstance(result, AttentionPatterns | DirectAttributionResult | HeadScores)
 
 
 @own_panels.register
