@@ -1,5 +1,7 @@
 """Attention patterns are the model's own, rounded to 1/255, of heads that look sharply."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -65,12 +67,13 @@ def test_named_heads_are_kept_in_their_order():
 def test_what_is_not_there_is_refused_before_any_run():
     model = zoo("gpt2")
     data = text(model)
-    for told, says in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"heads": [(0, 99)]}, r"head \(0, 99\) does not exist"),
         ({"prompts": [3]}, "prompt 3 does not exist: there are 0..2"),
         ({"prompts": 0}, "names no prompts"),
         ({"n": 0}, "n=0 keeps no head"),
-    ):
+    ]
+    for told, says in wrong:
         with pytest.raises(ValueError, match=says):
             mi.attention_patterns(model, data, **told)
     with pytest.raises(TypeError, match="attention_patterns takes a Text or a Task"):

@@ -178,9 +178,10 @@ def test_a_node_steps_aside_when_an_arrow_passes():
 
 def test_a_waterfall_ends_at_its_total():
     rng = np.random.default_rng(0)
-    bars: dict[str, Any] = {name: rng.normal(size=5) for name in ("a", "b", "c")}
-    ax = plotting.waterfall({**bars, "total": sum(bars.values())}, label="nats")
-    boxes = [patch for patch in ax.patches if hasattr(patch, "get_width")]
+    bars = {name: rng.normal(size=5) for name in ("a", "b", "c")}
+    total = np.sum(list(bars.values()), axis=0)
+    ax = plotting.waterfall({**bars, "total": total}, label="nats")
+    boxes: list[Any] = [patch for patch in ax.patches if hasattr(patch, "get_width")]
     for left, right in pairwise(boxes[:-1]):
         assert left.get_x() + left.get_width() == pytest.approx(right.get_x())
     assert boxes[-2].get_x() + boxes[-2].get_width() == pytest.approx(boxes[-1].get_width())

@@ -284,3 +284,23 @@ def test_a_waterfall_adds_up(opened, tmp_path):
     view.page.keyboard.press("ArrowDown")
     assert view.readout(falls) == "total: 5.25"
     assert not view.complaints
+
+
+def test_of_many_axes_the_part_with_the_largest_number_is_shown_first(opened, tmp_path):
+    result = patching(
+        metrics=("logit_diff", "prob"), layer=range(3), head=range(3), position=range(4)
+    )
+    view = opened(mi.report(result, tmp_path / "a.html"))
+    page = view.page
+    chosen = f"{CELLS} select"
+    heads, metrics = page.locator(chosen).nth(2), page.locator(chosen).nth(3)
+    assert heads.input_value() == "1" and metrics.input_value() == "logit_diff (nats)"
+    page.locator(f"{CELLS} .chart").focus()
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowRight")
+    mean = result.effect.mean("prompt").sel(layer=1, head=1, position=1)
+    told = f"head 1, metric logit_diff (nats), layer 1, position 1: {float(mean[0]):.3g} ("
+    assert view.readout(CELLS).startswith(told)
+    metrics.select_option("prob (nats)")
+    assert page.locator(f"{CELLS} .legend-box", has_text="effect: prob (nats)").count() == 1
+    assert not view.complaints

@@ -123,8 +123,9 @@ class LensResult(Result):
             raise ValueError(
                 "heads and neurons have no trajectory along the layers. Use plot()."
             )
-        shown: list[Value] = [name for name in ("rank", "prob") if name in self.data]
-        shown += ["entropy"] if shown else ["entropy", "kl"]
+        shown: list[Value] = ["rank", "prob", "entropy"]
+        if "rank" not in self.data:
+            shown = ["entropy", "kl"]
         width = plotting.NOTEBOOK_WIDTH + 1.0 if len(shown) == 3 else plotting.NOTEBOOK_WIDTH
         figure = plotting.new_figure(width, 3.1)
         for ax, value in zip(figure.subplots(1, len(shown)), shown, strict=True):

@@ -1,6 +1,7 @@
 """Effects as a panel: means, intervals and p-values of every cell, and values per prompt."""
 
 import warnings
+from collections.abc import Mapping
 
 import numpy as np
 import xarray as xr
@@ -33,7 +34,7 @@ def cells_of(result: Result) -> Cells | None:
             note.append(f"Of single prompts, the first {kept} are in this file.")
     return Cells(
         "Effect of every cell",
-        [axis_of(effect, name) for name in axes],
+        [axis_of(effect, name, result.convention.metrics) for name in axes],
         values,
         _scales(result),
         result.signed or bool((effect < 0).any()),
@@ -43,8 +44,8 @@ def cells_of(result: Result) -> Cells | None:
     )
 
 
-def axis_of(values: xr.DataArray, name: str) -> Axis:
-    """Return an axis with a label for every place; positions show their tokens."""
+def axis_of(values: xr.DataArray, name: str, metrics: Mapping[str, str] | None = None) -> Axis:
+    """Return an axis with a label for every place; positions show tokens, metrics units."""
     labels = [str(label) for label in values[name].values]
     words = values.coords.get("token")
     if name == "position" and words is not None and words.dims == ("position",):
@@ -52,6 +53,8 @@ def axis_of(values: xr.DataArray, name: str) -> Axis:
             f"{place} {token(str(word))}".strip()
             for place, word in zip(labels, words.values, strict=True)
         ]
+    if name == "metric" and metrics is not None:
+        labels = [_with_unit(label, metrics.get(label, "")) for label in labels]
     said = str(values[name].attrs.get("long_name", name.replace("_", " ")))
     return Axis(said, labels, values[name].dtype.kind in "iu")
 
@@ -73,14 +76,18 @@ def _values(result: Result, effect: xr.DataArray) -> tuple[dict[str, np.ndarray]
     return found, [inference.table_note(effect, result.signed, result.chosen_of)]
 
 
+def _with_unit(name: str, unit: str) -> str:
+    return f"{name} ({unit})" if unit else name
+
+
 def _scales(result: Result) -> list[tuple[str, float]]:
     """Return the units that effects can be shown in: the metric's, and the share of the gap."""
     metrics = result.convention.metrics
-    if "metric" in result.effect.dims or len(metrics) != 1:
-        return [("effect", 1.0)]
-    ((name, unit),) = metrics.items()
-    said = f"effect on {name}" if result.signed else name
-    scales = [(said + (f" ({unit})" if unit else ""), 1.0)]
+    changed = not {"clean", "intact"}.isdisjoint(result.data) and result.signed
+    if "metric" in result.effect.dims:  # its own axis says which
+        return [("effect" if changed else "value", 1.0)]
+    name = next(iter(metrics))
+    scales = [(("effect on " if changed else "") + _with_unit(name, metrics[name]), 1.0)]
     if isinstance(result, PatchingResult):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the share of a doubtful gap is not offered

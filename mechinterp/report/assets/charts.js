@@ -128,11 +128,15 @@ Report.draw.cells = (body, told) => {
   const total = sizes.reduce((a, b) => a * b, 1);
   const state = { scale: 0, prompt: -1, at: sizes.map(() => 0), from: 0, to: Infinity };
   // Rows and columns: the last axis runs right, the first with several places upwards.
-  const several = axes.map((_, i) => i).filter((i) => sizes[i] > 1);
+  const several = axes.map((_, i) => i).filter((i) => sizes[i] > 1 && axes[i].name !== "metric");
   const free = several.length ? several : [axes.length - 1];
   const right = free.find((i) => ["position", "receiver"].includes(axes[i].name)) ?? free[free.length - 1];
-  const upwards = free.find((i) => i !== right);
+  const upwards = free.find((i) => i !== right && axes[i].name === "layer") ?? free.find((i) => i !== right);
   const fixed = axes.map((_, i) => i).filter((i) => i !== right && i !== upwards && sizes[i] > 1);
+  // To begin with, show the part that has the largest number.
+  const largest = d3.maxIndex(values.mean, (v) => (Number.isFinite(v) ? Math.abs(v) : -1));
+  fixed.filter((i) => axes[i].name !== "metric").forEach((i) => { state.at[i] = Math.floor(largest / strides[i]) % sizes[i]; });
+  const metric = fixed.find((i) => axes[i].name === "metric");
   const index = (column, row) => {
     let k = 0;
     axes.forEach((_, i) => { k += strides[i] * (i === right ? column : i === upwards ? row : state.at[i]); });
@@ -151,7 +155,7 @@ Report.draw.cells = (body, told) => {
   body.append(controls, legendBox);
   const chart = Report.chart(body, told.title);
   const draw = () => {
-    const label = scales[state.scale][0];
+    const label = metric === undefined ? scales[state.scale][0] : `${scales[state.scale][0]}: ${axes[metric].labels[state.at[metric]]}`;
     const width = Math.min(1100, chart.area.clientWidth || 700);
     const to = Math.min(sizes[right] - 1, state.to), from = Math.min(state.from, to);
     const columns = axes[right].labels.slice(from, to + 1);
@@ -185,7 +189,7 @@ Report.draw.cells = (body, told) => {
   controls.append(
     Report.choice("shown", scales.map((s) => s[0]), (i) => { state.scale = i; draw(); }),
     Report.choice("over prompts", ["mean", ...prompts], (i) => { state.prompt = i - 1; draw(); }),
-    ...fixed.map((i) => Report.choice(axes[i].name, axes[i].labels, (k) => { state.at[i] = k; draw(); })),
+    ...fixed.map((i) => Report.choice(axes[i].name, axes[i].labels, (k) => { state.at[i] = k; draw(); }, state.at[i])),
   );
   if (sizes[right] > 40) {
     controls.append(
