@@ -41,6 +41,8 @@ _HOME = {
         "plan",
         "run_activations",
     ],
+    "mechinterp.heads.attention": ["attention_patterns"],
+    "mechinterp.heads.attention_result": ["AttentionPatterns"],
     "mechinterp.heads.composition": ["Composition", "composition"],
     "mechinterp.heads.dossier": ["induction_dossier"],
     "mechinterp.heads.dossier_account": ["InductionDossier"],
@@ -75,6 +77,7 @@ _HOME = {
     "mechinterp.models.pruned.record": ["Pruning", "pruning_of"],
     "mechinterp.inference": ["FewPromptsWarning"],
     "mechinterp.nulls": ["random_heads"],
+    "mechinterp.report.writing": ["report"],
     "mechinterp.results": ["Convention", "Result", "load_result"],
     "mechinterp.sites": ["MissingSiteError", "Site"],
     "mechinterp.tasks": [

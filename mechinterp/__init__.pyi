@@ -32,6 +32,8 @@ from mechinterp.engine import cell_logits as cell_logits
 from mechinterp.engine import cell_metrics as cell_metrics
 from mechinterp.engine import plan as plan
 from mechinterp.engine import run_activations as run_activations
+from mechinterp.heads.attention import attention_patterns as attention_patterns
+from mechinterp.heads.attention_result import AttentionPatterns as AttentionPatterns
 from mechinterp.heads.composition import Composition as Composition
 from mechinterp.heads.composition import composition as composition
 from mechinterp.heads.dossier import induction_dossier as induction_dossier
@@ -84,6 +86,7 @@ from mechinterp.models.known import known_model as known_model
 from mechinterp.models.pruned.record import Pruning as Pruning
 from mechinterp.models.pruned.record import pruning_of as pruning_of
 from mechinterp.nulls import random_heads as random_heads
+from mechinterp.report.writing import report as report
 from mechinterp.results import Convention as Convention
 from mechinterp.results import Result as Result
 from mechinterp.results import load_result as load_result

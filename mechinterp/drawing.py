@@ -20,6 +20,7 @@ def draw(
     scale: xr.DataArray | float = 1.0,
     intervals: str = "the mean",
     signed: bool = True,
+    shown: slice = slice(None),
     ax: Axes | None = None,
 ) -> Axes:
     """Draw the mean effect of every place, times ``scale``: a grid over two axes, or a line.
@@ -27,7 +28,7 @@ def draw(
     A dot in a grid, a filled point on a line: significant at 0.05 after correction for all
     cells by max-T, unless the effects are sizes (not ``signed``), which no test of the mean
     fits. Lines have a band, the 95 % interval of the mean over prompts times ``scale``;
-    ``intervals`` says of what that is.
+    ``intervals`` says of what that is. Of the axis ``position`` the part ``shown`` is drawn.
     """
     draws, effect = effect.sizes["prompt"], inference.per_case(effect)
     mean = effect.mean("prompt", skipna=False)
@@ -39,7 +40,7 @@ def draw(
     )
     if effect.ndim > 2:
         note = inference.plot_note(effect, "dot:", tested=signed)
-        cells = readable(cells)
+        cells = readable(_part(cells, shown))
         note += f"\n{cells.attrs['cut']}" if "cut" in cells.attrs else ""
         ax = plotting.heat_grid(
             cells["shown"], ax=ax, label=label, marked=cells["marked"], signed=signed
@@ -49,7 +50,7 @@ def draw(
         values = inference.per_prompt(effect)
         ends = [mean.copy(data=end) * scale for end in bootstrap_interval(values)]
         cells["low"], cells["high"] = xr.ufuncs.fmin(*ends), xr.ufuncs.fmax(*ends)
-        cells = readable(cells)
+        cells = readable(_part(cells, shown))
         ax = plotting.line(
             cells["shown"],
             low=cells["low"],
@@ -60,6 +61,21 @@ def draw(
         )
     plotting.title(ax, f"{what(convention)} · {about(convention, draws, n)}", note)
     return ax
+
+
+def _part(cells: xr.Dataset, shown: slice) -> xr.Dataset:
+    """Return the part of the positions that is to be drawn."""
+    if shown == slice(0, None) or shown == slice(None):
+        return cells
+    if "position" not in cells.dims:
+        raise ValueError("there is no axis of positions to show a part of.")
+    part = cells.isel(position=shown)
+    if not part.sizes["position"]:
+        raise ValueError(
+            f"no position lies between start={shown.start} and stop={shown.stop}: there are "
+            f"{cells.sizes['position']}."
+        )
+    return part
 
 
 def about(convention: Convention, draws: int, n: int) -> str:

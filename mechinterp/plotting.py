@@ -5,17 +5,22 @@ centred on zero and safe for colour-blind readers; amounts (attention) use a sca
 to blue. Labels come from the axes of the array, and are thinned where they would collide.
 """
 
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Literal
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Float
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+
+from mechinterp.stats import bootstrap_interval
 
 DIVERGING = "RdBu_r"
 SEQUENTIAL = "Blues"
@@ -25,6 +30,7 @@ NOTEBOOK_WIDTH = 9.0  # inches
 _SMALL = 8
 _LETTERS = 18  # of that size to an inch
 _MOST_TICKS = 36
+_MOST_SHAPES = 20_000
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -48,10 +54,28 @@ def new_axes(width: float = 6.0, height: float = 3.2) -> Axes:
 
 def token_label(text: str) -> str:
     """Return a token as it can stand on an axis: visible spaces, no control characters."""
-    shown = text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
-    shown = "".join(c if c.isprintable() and c != "�" else "▯" for c in shown)
-    shown = shown.replace("$", r"\$")  # matplotlib would read a formula
+    shown = drawable(visible(text))
     return shown if len(shown) <= 14 else shown[:13] + "…"
+
+
+def drawable(text: str) -> str:
+    """Return a text as matplotlib draws it: no formulas, a box where the font has no sign."""
+    shown = "".join(c if c.isascii() or _has_glyph(c) else "▯" for c in text)
+    return re.sub(r"(?<!\\)\$", r"\\$", shown)  # matplotlib would read a formula
+
+
+def _has_glyph(sign: str) -> bool:
+    """Whether one of the fonts of ``rcParams["font.family"]`` has this sign."""
+    return any(
+        get_font(findfont(FontProperties(family=[family]))).get_char_index(ord(sign))
+        for family in rcParams["font.family"]
+    )
+
+
+def visible(text: str) -> str:
+    """Return a token with its spaces and line ends shown, and a box for what has no shape."""
+    shown = text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
+    return "".join(c if c.isprintable() and c != "�" else "▯" for c in shown)
 
 
 def heat_grid(
@@ -69,7 +93,7 @@ def heat_grid(
 
     ``label`` says what the colours mean, with the unit. ``columns`` and ``rows`` replace the
     tick labels of the two axes, ``limit`` the largest size on the scale (default: the largest
-    value). Cells that are true in ``marked`` get a dot. NaN is drawn in grey. Amounts, which
+    value). Cells that are true in ``marked`` get a dot. NaN is hatched grey. Amounts, which
     are not ``signed``, are white at 0 and blue at the limit.
     """
     row_axis, column_axis = (str(dim) for dim in values.dims)
@@ -84,7 +108,8 @@ def heat_grid(
     numbers = np.ma.masked_invalid(np.asarray(values.values, dtype=float))
     top = limit if limit is not None else _limit(numbers)
     colours = {"cmap": DIVERGING, "vmin": -top} if signed else {"cmap": SEQUENTIAL, "vmin": 0}
-    mesh = ax.pcolormesh(numbers, vmax=top, edgecolors="white", **colours)
+    many = numbers.size > _MOST_SHAPES  # as a picture inside the PDF, not as so many shapes
+    mesh = ax.pcolormesh(numbers, vmax=top, edgecolors="white", rasterized=many, **colours)
     mesh.set_linewidth(0.4 if numbers.size <= 1200 else 0.0)
     _finish_grid(ax, mesh, label, columns, rows)
     if marked is not None:
@@ -146,7 +171,7 @@ def word_grid(
 
     The first axis runs upwards. ``label`` says what the colours mean, with the unit,
     ``columns`` replace the tick labels of the second axis, and ``limit`` is the top of the
-    scale (default: the largest value). NaN is drawn in grey.
+    scale (default: the largest value). NaN is hatched grey.
     """
     row_axis, column_axis = (str(dim) for dim in values.dims)
     columns = list(columns) if columns is not None else _ticks(values, column_axis)
@@ -203,7 +228,7 @@ def trajectories(
     if logarithmic:
         ax.set_yscale("log")
     if len(names) > 1:
-        ax.legend(fontsize=_SMALL, frameon=False)
+        legend(ax)
     _set_ticks(ax, "x", x, ticks)
     ax.set_xlim(-0.5, len(ticks) - 0.5)
     ax.set_xlabel(_axis_name(mean, row_axis))
@@ -226,13 +251,57 @@ def attention_pattern(
     columns = labels if labels is not None else [str(i) for i in range(n_key)]
     rows = labels if labels is not None else [str(i) for i in range(n_query)]
     ax = ax if ax is not None else new_axes(5.6, 5.0)
-    mesh = ax.pcolormesh(pattern, cmap=SEQUENTIAL, vmin=0, vmax=1)
-    _finish_grid(ax, mesh, "attention" if colour_bar else None, columns, rows)
+    many = pattern.size > _MOST_SHAPES  # as a picture inside the PDF, not as so many shapes
+    mesh = ax.pcolormesh(pattern, cmap=SEQUENTIAL, vmin=0, vmax=1, rasterized=many)
+    _finish_grid(ax, mesh, "attention (share)" if colour_bar else None, columns, rows)
     ax.invert_yaxis()
     ax.set_aspect("equal")
     ax.set_xlabel("key position")
     ax.set_ylabel("query position")
-    ax.set_title(title, fontsize=10)
+    ax.set_title(title, fontsize=10, loc="left")
+    return ax
+
+
+def legend(ax: Axes) -> None:
+    """Name the lines to the right of the axes, where they hide nothing."""
+    # matplotlib's search for the best place warns, on a busy machine, that it is slow.
+    ax.legend(fontsize=_SMALL, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def waterfall(
+    bars: Mapping[str, Float[np.ndarray, " prompt"]],
+    *,
+    ax: Axes | None = None,
+    label: str = "",
+    ends: int = 1,
+) -> Axes:
+    """Draw what adds up to a total: every bar starts where the last one ended.
+
+    ``bars`` maps names to values per prompt, the last one being the total, which stands on the
+    axis. The first ``ends - 1`` bars are grey like the total; others are blue upwards and red
+    downwards. Lines are 95 % intervals of the means. ``label`` is the unit's axis.
+    """
+    ax = ax if ax is not None else new_axes(NOTEBOOK_WIDTH, 1.1 + 0.26 * len(bars))
+    values = np.stack(list(bars.values()))
+    means = values.mean(1)
+    y = np.arange(len(bars))
+    starts = np.concatenate([[0.0], np.cumsum(means[:-1])])
+    starts[-1] = 0.0  # the total stands on the axis
+    signs = [COLOURS[1] if mean < 0 else COLOURS[0] for mean in means]
+    colours = ["0.35" if i < ends - 1 or i == len(y) - 1 else c for i, c in enumerate(signs)]
+    ax.barh(y, means, left=starts, color=colours, height=0.7)
+    reached = np.cumsum(means[:-1])
+    ax.vlines(reached, y[:-1] + 0.35, y[1:] - 0.35, color="0.6", linewidth=0.7)
+    if values.shape[1] > 1:
+        low, high = bootstrap_interval(values)
+        ax.hlines(y, starts + low, starts + high, color="0.1", linewidth=1.2)
+    ax.axvline(0, color="0.4", linewidth=0.8)
+    ax.set_yticks(y, [drawable(name) for name in bars], fontsize=_SMALL)
+    ax.invert_yaxis()
+    ax.set_ylabel("component")
+    ax.set_xlabel(label)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=_SMALL)
     return ax
 
 
@@ -272,17 +341,23 @@ def _height(ax: Axes) -> float:
     return ax.get_window_extent().height / ax.figure.dpi * 72
 
 
+def _width(ax: Axes) -> float:
+    """Return how wide the axes are, in points."""
+    return ax.get_window_extent().width / ax.figure.dpi * 72
+
+
 def _finish_grid(
     ax: Axes, mesh: QuadMesh, label: str | None, columns: Sequence[str], rows: Sequence[str]
 ) -> None:
     """Label a grid and, unless ``label`` is None, its colours."""
     _set_ticks(ax, "x", np.arange(len(columns)) + 0.5, columns)
     _set_ticks(ax, "y", np.arange(len(rows)) + 0.5, rows)
-    ax.set_facecolor("0.85")
+    ax.patch.set(facecolor="0.9", hatch="////", edgecolor="0.7", linewidth=0)
     ax.spines[:].set_visible(False)
     if label is not None:
         bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.08, aspect=30)
-        bar.set_label(label, fontsize=9)
+        missing = np.ma.is_masked(mesh.get_array())
+        bar.set_label(f"{label}; hatched: none" if missing else label, fontsize=9)
         bar.ax.tick_params(labelsize=_SMALL, length=2)
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
@@ -291,13 +366,14 @@ def _set_ticks(
     ax: Axes, which: Literal["x", "y"], places: np.ndarray, labels: Sequence[str]
 ) -> None:
     most = _MOST_TICKS
-    if which == "y":  # a line of small print each
-        most = min(most, max(4, int(_height(ax) / (1.1 * _SMALL))))
+    size = _height(ax) if which == "y" else _width(ax)
+    most = min(most, max(4, int(size / (1.1 * _SMALL))))  # a line of small print each
     step = max(1, -(-len(labels) // most))
     axis = ax.xaxis if which == "x" else ax.yaxis
     shown = list(labels[::step])
     axis.set_ticks(places[::step], shown)
-    turn = which == "x" and max(map(len, shown), default=0) * len(shown) > 60
+    letters = max(map(len, shown), default=0) * len(shown)
+    turn = which == "x" and letters > min(60, _width(ax) / (0.6 * _SMALL))
     ax.tick_params(axis=which, labelsize=_SMALL, length=0, labelrotation=90 if turn else 0)
 
 
@@ -309,7 +385,7 @@ def _open_frame(ax: Axes) -> None:
 
 
 def _ticks(values: xr.DataArray, axis: str) -> list[str]:
-    return [str(label) for label in values[axis].values]
+    return [drawable(str(label)) for label in values[axis].values]
 
 
 def _axis_name(values: xr.DataArray, axis: str) -> str:

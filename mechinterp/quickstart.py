@@ -1,7 +1,8 @@
 """The first two minutes: find the induction heads of a real model, and prove it.
 
 Loads a model, patches every head on the induction task, looks at the heads that matter, takes
-them out, and sees whether the model can still repeat what it has read.
+them out, and sees whether the model can still repeat what it has read. It ends with a report to
+open in a browser.
 """
 
 import json
@@ -27,10 +28,12 @@ from mechinterp._progress import progress
 from mechinterp.causal.patching import activation_patching
 from mechinterp.causal.patching_result import PatchingResult
 from mechinterp.edits import Mean
+from mechinterp.heads.attention import attention_patterns
+from mechinterp.heads.attention_result import AttentionPatterns
 from mechinterp.hooks import HookManager
 from mechinterp.models import forward, load_model
-from mechinterp.tasks import Prompts, load_task, repeated_tokens
-from mechinterp.tasks.prompts import token_strings
+from mechinterp.report.writing import report
+from mechinterp.tasks import Prompts, Text, load_task, repeated_tokens
 
 Head = tuple[int, int]
 Say = Callable[..., None]
@@ -42,7 +45,9 @@ _LENGTH, _PROMPTS, _CONTROLS = 50, 16, 8
 _SHOWN_LENGTH, _SHOWN_HEADS = 10, 3
 _FILES = (
     "account.txt",
+    "report.html",
     "patching.nc",
+    "attention.nc",
     "losses.json",
     "patching.png",
     "attention.png",
@@ -84,13 +89,23 @@ def quickstart(
         found, heads = _find(model, seed, say)
         found.save(part / "patching.nc")
         _save(found.plot(), part / "patching.png")
-        _save(_attention(model, heads, seed, say), part / "attention.png")
+        looks = _attention(model, heads, seed, say)
+        looks.save(part / "attention.nc")
+        _save(looks.figure(sorted(looks.heads[:_SHOWN_HEADS])), part / "attention.png")
         losses = _ablate(model, heads, seed, say)
         losses.save(part / "losses.json")
         _save(losses.plot(), part / "ablation.png")
         say()
         say(f"Figures and results are in {folder}{os.sep}")
-        (part / "account.txt").write_text("\n".join(said) + "\n", encoding="utf-8")
+        say(f"To look closer, open {folder / 'report.html'} in a browser: it needs no network.")
+        account = "\n".join(said) + "\n"
+        (part / "account.txt").write_text(account, encoding="utf-8")
+        report(
+            {"Which heads carry the answer?": found, "Where do they look?": looks},
+            part / "report.html",
+            title="Quickstart: the heads that repeat",
+            account=account,
+        )
     return folder
 
 
@@ -124,8 +139,10 @@ def _find(model: TransformerBridge, seed: int, say: Say) -> tuple[PatchingResult
     return result, heads
 
 
-def _attention(model: TransformerBridge, heads: Sequence[Head], seed: int, say: Say) -> Figure:
-    """Say where the heads look on repeated random tokens, and draw it for one prompt."""
+def _attention(
+    model: TransformerBridge, heads: Sequence[Head], seed: int, say: Say
+) -> AttentionPatterns:
+    """Say where the heads look on repeated random tokens, and return it for one prompt."""
     prompts = repeated_tokens(model, _PROMPTS, _SHOWN_LENGTH, seed=seed)
     layers = sorted({layer for layer, _ in heads})
     acts = HookManager(model).capture(prompts, "pattern", layers=layers)
@@ -149,23 +166,10 @@ def _attention(model: TransformerBridge, heads: Sequence[Head], seed: int, say: 
         say(f"   So these are induction heads: {', '.join(induction)}.")
     else:
         say("   None of them looks like an induction head.")
-    shown = sorted(heads, key=lambda head: -max(looks[head]))[:_SHOWN_HEADS]
-    tokens = token_strings(model, prompts.rows[0])
-    width = 1.2 + 2.6 * len(shown)
-    figure = plotting.new_figure(width, 3.9)
-    panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
-    for ax, (layer, head) in zip(panels, sorted(shown), strict=True):
-        pattern = acts["pattern", layer][0, head].float().cpu().numpy()
-        title = f"head {layer}.{head}"
-        plotting.attention_pattern(pattern, tokens, ax=ax, title=title, colour_bar=False)
-    for ax in panels[1:]:
-        ax.set_ylabel("")
-    if len(panels) % 2 == 0:
-        panels[0].invert_yaxis()  # the panels share one axis, and each has turned it over
-    figure.colorbar(
-        panels[-1].collections[0], ax=list(panels), label="attention", shrink=0.7, aspect=25
-    )
-    return figure
+    name = f"{_SHOWN_LENGTH} random tokens x 2"
+    text = Text(name, prompts, tuple(range(_PROMPTS)), prompts.tokens.shape[1])
+    shown = sorted(heads, key=lambda head: -max(looks[head]))
+    return attention_patterns(model, text, heads=shown)
 
 
 def _attention_at(

@@ -21,7 +21,7 @@ import pandas as pd
 import xarray as xr
 from matplotlib.axes import Axes
 
-from mechinterp import inference, stats
+from mechinterp import html, inference, stats
 from mechinterp._files import written_beside
 from mechinterp.inference import FewPromptsWarning
 from mechinterp.stats.flips import N_FLIPS
@@ -127,6 +127,8 @@ class Result(ABC):
         prompt. With several metrics, ``metric`` says which one ranks (default: the first).
         """
         effect = inference.per_case(self.effect_of(metric))
+        if set(effect.dims) <= {"prompt"}:
+            effect = effect.expand_dims(place=["all positions"])
         axes = [str(dim) for dim in effect.dims if dim != "prompt"]
         mean = effect.mean("prompt", skipna=False) if "prompt" in effect.dims else effect
         # NaN goes last.
@@ -262,6 +264,10 @@ class Result(ABC):
         if metric is not None and metric not in known:
             raise ValueError(f"metric {metric!r} was not measured, only {', '.join(known)}.")
         return values.sel(metric=metric or known[0]) if "metric" in values.dims else values
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: what was measured, the largest effects, a picture."""
+        return html.result_html(self)
 
     def equals(self, other: object) -> bool:
         """Whether ``other`` has the same class, numbers, labels and convention (NaN = NaN)."""

@@ -144,6 +144,7 @@ METHODS: dict[str, Method] = {
         data=text,
         arguments={"kinds": ["induction", "copying", "ov_copying"], "nulls": 1},
     ),
+    "attention_patterns": Method(data=text, arguments={"prompts": 2}),
     "redundancy_atlas": Method(data=text, arguments={"queries": 20}),
     "logit_lens": Method(data=pair),
     "direct_logit_attribution": Method(data=pair),

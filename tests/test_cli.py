@@ -58,7 +58,16 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("quickstart", "sites", "tasks", "patch", "paths", "attribute", "icl"):
+    for command in (
+        "quickstart",
+        "sites",
+        "tasks",
+        "patch",
+        "paths",
+        "attribute",
+        "icl",
+        "report",
+    ):
         assert command in done.stdout
 
 
@@ -271,10 +280,12 @@ def test_quickstart_writes_an_account_figures_and_results(tiny, tmp_path, monkey
     assert sorted(p.name for p in folder.iterdir()) == [
         "ablation.png",
         "account.txt",
+        "attention.nc",
         "attention.png",
         "losses.json",
         "patching.nc",
         "patching.png",
+        "report.html",
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["mechinterp-quickstart"]
     printed = capsys.readouterr().out
@@ -284,6 +295,8 @@ def test_quickstart_writes_an_account_figures_and_results(tiny, tmp_path, monkey
         "layer",
         "head",
     )
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Where heads look" in page and "1. Which heads carry the answer?" in page
     losses = json.loads((folder / "losses.json").read_text())
     assert len(losses["intact"]) == 23 and len(losses["control"]) == 8
 

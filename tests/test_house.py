@@ -14,7 +14,7 @@ PACKAGE = Path(mi.__file__).parent
 # A module may import from its own floor's earlier entries and from the floors before it.
 FLOORS = [
     ["_version", "_cache", "_files", "_progress", "names", "draws"],
-    ["results", "inference", "stats", "metrics", "plotting", "drawing"],
+    ["results", "inference", "stats", "metrics", "plotting", "drawing", "html", "circuit_plot"],
     ["models"],
     ["sites", "nulls", "weights", "cost"],
     ["tasks.positions", "tasks.prompts"],
@@ -29,6 +29,7 @@ FLOORS = [
     ["lens"],
     ["causal"],
     ["heads"],
+    ["report"],
     ["quickstart"],
     ["cli"],
 ]

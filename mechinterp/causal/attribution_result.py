@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import xarray as xr
 from matplotlib.axes import Axes
 
+from mechinterp.causal.diagram import diagram
 from mechinterp.drawing import draw
 from mechinterp.results import Result
 
@@ -46,6 +47,20 @@ class AttributionResult(Result):
             signed=self.signed,
             ax=ax,
         )
+
+    def diagram(
+        self, ax: Axes | None = None, *, n: int = 16, metric: str | None = None
+    ) -> Axes:
+        """Draw the ``n`` edges with the largest estimates as arrows between their nodes.
+
+        As ``PatchingResult.diagram``.
+
+        Raises:
+            ValueError: These are estimates of places, not of edges.
+        """
+        effect = self.of_metric(self.effect, metric)
+        told = {"n": n, "label": self._label(metric), "signed": self.signed, "ax": ax}
+        return diagram(effect, self.convention, **told)
 
     def _label(self, metric: str | None) -> str:
         name = metric or next(iter(self.convention.metrics))

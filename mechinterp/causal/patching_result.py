@@ -8,6 +8,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from mechinterp import inference
+from mechinterp.causal.diagram import diagram
 from mechinterp.drawing import draw
 from mechinterp.results import Result
 
@@ -64,6 +65,8 @@ class PatchingResult(Result):
         *,
         value: Literal["share", "effect"] | None = None,
         metric: str | None = None,
+        start: int = 0,
+        stop: int | None = None,
     ) -> Axes:
         """Draw the swept places: a grid over two axes, a line or points over one.
 
@@ -77,6 +80,9 @@ class PatchingResult(Result):
             value: ``"share"`` of the gap (recovered or destroyed) or the ``"effect"`` in the
                 metric's unit. Default: the share, where the gap is not zero.
             metric: Which of several metrics (default: the first).
+            start: The first of the swept positions that is shown, to look at a part of a long
+                prompt. The correction is for all cells, shown or not.
+            stop: The one after the last that is shown.
 
         Raises:
             ValueError: The share is asked for and there is no clear gap to take one of.
@@ -100,8 +106,26 @@ class PatchingResult(Result):
             label=self._label(value, metric),
             scale=scale,
             intervals=intervals,
+            shown=slice(start, stop),
             ax=ax,
         )
+
+    def diagram(
+        self, ax: Axes | None = None, *, n: int = 16, metric: str | None = None
+    ) -> Axes:
+        """Draw the ``n`` strongest paths as arrows from senders to receivers.
+
+        Nodes stand at the height of their layer. An arrow is as wide as its mean effect is
+        large, red where it is positive and blue where negative, dashed where it is not
+        significant after correction for all edges; beside it the receiver's input and the
+        effect in the metric's unit.
+
+        Raises:
+            ValueError: This result is not of ``mi.path_patching``.
+        """
+        effect = self.of_metric(self.effect, metric)
+        label = self._label("effect", metric)
+        return diagram(effect, self.convention, n=n, label=label, ax=ax)
 
     @property
     def _denoising(self) -> bool:

@@ -7,7 +7,7 @@ import pandas as pd
 import xarray as xr
 from matplotlib.axes import Axes
 
-from mechinterp import inference, plotting, stats
+from mechinterp import inference, plotting
 from mechinterp.results import Result
 
 _MOST_BARS = 8
@@ -92,26 +92,10 @@ class SelfRepair(Result):
         bars[f"{rest.sizes['component']} others"] = rest.sum("component")
         bars["final norm's scale"] = one["rescaling"]
         bars["total"] = one["total"]
-        ax = ax if ax is not None else plotting.new_axes(plotting.NOTEBOOK_WIDTH, 3.8)
-        values = np.stack([inference.per_case(bar).values for bar in bars.values()])
-        means = values.mean(1)
-        blue, red = plotting.COLOURS[0], plotting.COLOURS[1]
-        ends = ["0.35", *[red if m < 0 else blue for m in means[1:-1]], "0.35"]
-        y = np.arange(len(bars))
-        starts = np.concatenate([[0.0], np.cumsum(means[:-1])])
-        starts[-1] = 0.0  # the total stands on the axis
-        ax.barh(y, means, left=starts, color=ends, height=0.7)
-        if values.shape[1] > 1:
-            low, high = stats.bootstrap_interval(values)
-            ax.hlines(y, starts + low, starts + high, color="0.1", linewidth=1.2)
-        ax.axvline(0, color="0.4", linewidth=0.8)
-        ax.set_yticks(y, list(bars), fontsize=8)
-        ax.invert_yaxis()
+        values = {label: inference.per_case(bar).values for label, bar in bars.items()}
         (name, unit), *_ = self.convention.metrics.items()
-        ax.set_ylabel("component")
-        ax.set_xlabel(f"change of {name} ({unit})")
-        ax.spines[["top", "right"]].set_visible(False)
-        n = values.shape[1]
+        ax = plotting.waterfall(values, ax=ax, label=f"change of {name} ({unit})", ends=2)
+        n = len(values["total"])
         plotting.title(
             ax,
             f"self-repair after {self.convention.ablation}-ablation · {self.convention.data}",

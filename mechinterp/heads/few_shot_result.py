@@ -75,7 +75,7 @@ class FewShotResult(Result):
         ax.set_xticks(shots)
         ax.set_xlabel("examples in the prompt")
         ax.set_ylabel(_SHOWN.get(name, "log-probability of the answer (nats)"))
-        ax.legend(fontsize=8, frameon=False)
+        plotting.legend(ax)
         n = self.data.sizes["prompt"]
         plotting.title(
             ax,

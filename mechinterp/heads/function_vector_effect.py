@@ -135,7 +135,7 @@ class FunctionVectorEffect(Result):
         ax.set_ylabel(f"{name.replace('_', ' ')} of the answer's first token ({unit})")
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
-        ax.legend(fontsize=8, frameon=False)
+        plotting.legend(ax)
         n = self.data.sizes["prompt"]
         p = float(stats.holm(self.p_random(metric=metric).values).min())
         plotting.title(

@@ -61,7 +61,7 @@ class KnockOut(Result):
         ax.axvline(together, color=plotting.COLOURS[1], label=names, linewidth=2)
         ax.set_xlabel("rise of the loss on the second copy (nats)")
         ax.set_ylabel("random sets")
-        ax.legend(fontsize=7, frameon=False)
+        plotting.legend(ax)
         ax.spines[["top", "right"]].set_visible(False)
         note = f"{len(random)} sets matched by layer: p = {self.p:.2g}"
         plotting.title(ax, f"knock-out · {self.convention.data}", note)

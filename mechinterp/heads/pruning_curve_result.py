@@ -170,7 +170,7 @@ class PruningCurve(Result):
         ax.set_xlabel("heads removed")
         ax.set_ylabel(f"{name} ({unit})" if unit else name)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=8)
+        plotting.legend(ax)
         n = value.sizes["prompt"]
         plotting.title(
             ax,

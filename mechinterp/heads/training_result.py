@@ -100,5 +100,5 @@ class TrainingCurve(Result):
         line = induction.sel(layer=best[0], head=best[1]).values
         ax = plotting.curve(steps, line, ax=ax, label=f"head {best[0]}.{best[1]}")
         ax.set_ylim(-0.02, 1.02)
-        ax.legend(fontsize=8, frameon=False)
+        plotting.legend(ax)
         return ax

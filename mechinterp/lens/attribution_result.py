@@ -92,6 +92,35 @@ class DirectAttributionResult(Result):
         )
         return ax
 
+    def waterfall(self, ax: Axes | None = None, *, n: int = 12) -> Axes:
+        """Draw how the largest shares, in the order of the model, add up to the total.
+
+        Lines are 95 % intervals of the means over prompts; all but the ``n`` largest shares are
+        one bar.
+
+        Raises:
+            ValueError: ``n`` is below 1.
+        """
+        if n < 1:
+            raise ValueError(f"n={n} draws no share. Pass at least 1.")
+        share = inference.per_case(self.effect).transpose("component", "prompt")
+        order = np.argsort(-np.abs(share.mean("prompt").values), kind="stable")
+        named, rest = np.sort(order[:n]), share.isel(component=order[n:])
+        bars = {str(share["component"].values[i]): share.values[i] for i in named}
+        if rest.size:
+            bars[f"{rest.sizes['component']} others"] = rest.sum("component").values
+        bars["total"] = share.sum("component").values
+        (name, unit), *_ = self.convention.metrics.items()
+        ax = plotting.waterfall(bars, ax=ax, label=f"share of {name} ({unit})")
+        count = share.sizes["prompt"]
+        plotting.title(
+            ax,
+            f"direct attribution of {self.convention.settings['attributed']} · "
+            f"{self.convention.data}",
+            inference.interval_note(count, "means") if count > 1 else "one prompt",
+        )
+        return ax
+
 
 def labelled(
     task: Task,

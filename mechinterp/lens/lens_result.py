@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp import inference, plotting
@@ -18,7 +19,7 @@ from mechinterp.metrics import UNITS
 from mechinterp.results import Result
 from mechinterp.stats import bootstrap_interval
 from mechinterp.tasks import Task
-from mechinterp.tasks.prompts import token_strings
+from mechinterp.tasks.prompts import token_texts
 
 Value = Literal["prob", "rank", "logit", "entropy", "kl", "surprisal"]
 LABELS = {
@@ -108,6 +109,38 @@ class LensResult(Result):
         if prompt is None and many:
             return self._lines(ax, value)
         return self._grid(ax, 0 if prompt is None else prompt, value or "prob", start)
+
+    def figure(self) -> Figure:
+        """Draw what happens along the layers: rank, probability and entropy beside each other.
+
+        Means over prompts (and positions) with 95 % intervals over prompts; without targets
+        the entropy alone, with the KL to the model's own prediction where that is defined.
+
+        Raises:
+            ValueError: Heads or neurons were read, which ``plot`` ranks.
+        """
+        if not {"head", "neuron"}.isdisjoint(self.data.dims):
+            raise ValueError(
+                "heads and neurons have no trajectory along the layers. Use plot()."
+            )
+        shown: list[Value] = ["rank", "prob", "entropy"]
+        if "rank" not in self.data:
+            shown = ["entropy", "kl"]
+        width = plotting.NOTEBOOK_WIDTH + 1.0 if len(shown) == 3 else plotting.NOTEBOOK_WIDTH
+        figure = plotting.new_figure(width, 3.1)
+        for ax, value in zip(figure.subplots(1, len(shown)), shown, strict=True):
+            self._lines(ax, value)
+            ax.set_title("", loc="left")
+            for note in list(ax.texts):
+                note.remove()
+            named = ax.get_legend()
+            if named is not None and value == "rank":  # the same lines as in the next panel
+                named.remove()
+        n = inference.per_case(self.data["entropy"]).sizes["prompt"]
+        bands = "one prompt: no intervals" if n == 1 else f"95 % intervals over {n} prompts"
+        heading = f"{self._title('along the layers')} · {bands}"
+        figure.suptitle(heading, fontsize=10, x=0.01, ha="left")
+        return figure
 
     def _grid(self, ax: Axes | None, prompt: int, value: str, start: int) -> Axes:
         data = self.data.isel(prompt=prompt)
@@ -211,7 +244,7 @@ def labelled(
         dims = ["prompt", *axes, "position", *["target"] * (array.ndim > 3)]
         found[name] = (dims, whole)
     dims, ids = found["top_id"]
-    found["top_token"] = (dims, _texts(model, ids))
+    found["top_token"] = (dims, token_texts(model, ids))
     both = {"answer", "distractor"} <= set(asked.targets)
     name = "logit_diff" if both else "prob" if asked.targets else "kl"
     return xr.Dataset(found, coords), {name: UNITS[name]}
@@ -226,12 +259,4 @@ def _place(
 
 def _tokens_read(model: TransformerBridge, asked: Asked) -> np.ndarray:
     read = asked.prompts.tokens.cpu().gather(1, asked.index.clamp(min=0))
-    return _texts(model, torch.where(asked.index < 0, -1, read).numpy())
-
-
-def _texts(model: TransformerBridge, ids: np.ndarray) -> np.ndarray:
-    """Return each id as text, empty for -1; netCDF cannot hold a null character."""
-    known = [int(each) for each in np.unique(ids) if each >= 0]
-    words = dict(zip(known, token_strings(model, known), strict=True)) | {-1: ""}
-    texts = [words[int(each)].replace("\0", "␀") for each in ids.flat]
-    return np.array(texts, dtype=str).reshape(ids.shape)
+    return token_texts(model, torch.where(asked.index < 0, -1, read).numpy())

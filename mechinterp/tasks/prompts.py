@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -178,6 +179,14 @@ def token_strings(model: TransformerBridge, tokens: Sequence[int]) -> list[str]:
     if tokenizer is None:
         return [str(token) for token in tokens]
     return [str(tokenizer.decode([token])) for token in tokens]
+
+
+def token_texts(model: TransformerBridge, ids: np.ndarray) -> np.ndarray:
+    """Return each id as text, empty for -1; netCDF cannot hold a null character."""
+    known = [int(each) for each in np.unique(ids) if each >= 0]
+    words = dict(zip(known, token_strings(model, known), strict=True)) | {-1: ""}
+    texts = [words[int(each)].replace("\0", "␀") for each in ids.flat]
+    return np.array(texts, dtype=str).reshape(ids.shape)
 
 
 Encoded = tuple[list[list[int]], list[list[tuple[int, int]]] | None]

@@ -1,0 +1,92 @@
+"""Writing a report: from a result, a saved one or a folder of them to one HTML file."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from mechinterp._files import written_beside
+from mechinterp.report.contents import panels_of
+from mechinterp.report.page import Section, page
+from mechinterp.results import Result, load_result
+
+Source = Result | Mapping[str, Result] | str | os.PathLike[str]
+
+
+def report(
+    source: Source,
+    path: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+    account: str = "",
+) -> Path:
+    """Write a result, or all results in a folder, as one interactive HTML file.
+
+    The file needs no network and no other file. It holds means, 95 % intervals and corrected
+    p-values of every cell, values of single prompts, tables to sort and filter, and what else
+    each kind of result has to show.
+
+    Args:
+        source: A result, a file that ``save`` wrote, or a folder of such files (``.nc``, also
+            in folders inside it), which become one report with a table of contents; or results
+            by name, in their order.
+        path: Where to write, ending in ``.html``. Completely or not at all.
+        title: What stands at the top. Default: the name of the data or of the folder.
+        account: Plain text to begin with.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder, or none to write to.
+        ValueError: ``path`` does not end in ``.html``, a file is not a result, or a folder has
+            none.
+        OSError: The file cannot be written; an older one stays as it was.
+    """
+    final = Path(path)
+    if final.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"a report is an HTML file, but {final} does not end in .html.")
+    if not final.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"cannot write {final}: the folder {final.absolute().parent} does not exist. "
+            "Create it first."
+        )
+    named, left_out = _results(source)
+    sections = [Section(name, result, panels_of(result)) for name, result in named]
+    if title is None:
+        title = _title(source, named[0][0])
+    text = page(sections, title, account, left_out)
+    with written_beside(final) as part:
+        part.write_text(text, encoding="utf-8")
+    return final
+
+
+def _title(source: Source, first: str) -> str:
+    if isinstance(source, str | os.PathLike):
+        place = Path(source).resolve()
+        return place.name if place.is_dir() else place.stem
+    return first if isinstance(source, Result) else "Results"
+
+
+def _results(source: Source) -> tuple[list[tuple[str, Result]], list[str]]:
+    """Return the results with their names, and what is said of files that are none."""
+    if isinstance(source, Result):
+        convention = source.convention
+        return [(f"{convention.method.replace('_', ' ')} · {convention.data}", source)], []
+    if isinstance(source, Mapping):
+        if not source:
+            raise ValueError("there are no results to report. Name at least one.")
+        return list(source.items()), []
+    place = Path(source)
+    if not place.is_dir():
+        return [(place.stem, load_result(place))], []
+    found, left_out = [], []
+    for each in sorted(place.rglob("*.nc")):
+        name = str(each.relative_to(place).with_suffix(""))
+        try:
+            found.append((name, load_result(each)))
+        except ValueError as error:
+            left_out.append(str(error))
+    if not found:
+        what = f": {left_out[0]}" if left_out else ", that is no .nc file that save() wrote."
+        raise ValueError(f"the folder {place} has no results{what}")
+    return found, left_out
