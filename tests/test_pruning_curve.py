@@ -167,7 +167,8 @@ def test_methods_are_compared_with_each_other_prompt_by_prompt():
     (row,) = made(values, values, "loss").between().to_dict("records")
     assert row["better"] == pytest.approx(-expected)
     three = made(np.concatenate([values, base]), values, "accuracy").between()
-    assert len(three) == 3 and (three["p_adjusted"] >= three["p"]).all()
+    assert len(three) == 3
+    assert bool((three["p_adjusted"] >= three["p"]).all())
     with pytest.raises(ValueError, match="method 0 alone"):
         made(values[:1], values, "accuracy").between()
 
