@@ -1,4 +1,4 @@
-"""The method that CONTRIBUTING.md adds, added: what the page shows is put in place and checked."""
+"""The method that CONTRIBUTING.md adds is put in place as the page shows, and checked."""
 
 import importlib.util
 import re
