@@ -44,7 +44,7 @@ needed.plot(axes[1])
 plt.show()
 
 # %%
-both = enough.top(6)[["layer", "head"]].assign(
+enough.top(6)[["layer", "head"]].assign(
     recovered=[
         float(enough.recovered.sel(layer=row.layer, head=row.head))
         for row in enough.top(6).itertuples()
@@ -54,11 +54,11 @@ both = enough.top(6)[["layer", "head"]].assign(
         for row in enough.top(6).itertuples()
     ],
 )
-both
 
 # %% [markdown]
-# Neither column adds up to 1, and they do not agree: the shares of what single heads restore or
-# break are not parts of a whole.
+# The two nearly agree here, and each column adds up to well over 1: heads of layer 0 feed those
+# of layer 1, so the same difference passes both. Shares of single heads are not parts of a
+# whole.
 #
 # ## Where in the prompt, and in which part of a layer?
 #
@@ -73,9 +73,29 @@ for ax, site in zip(axes, ["resid_pre", "attn_out", "mlp_out"], strict=True):
 plt.show()
 
 # %% [markdown]
-# The residual stream says *when* the information moves: it leaves `successor` and arrives at
-# `end`. What attention and MLPs add says *who* moved it. `current` is before the first
-# difference, so its cells are exactly 0 and cost nothing.
+# At the input of layer 0 everything is at `successor`, the one token that differs; from layer 2
+# on everything is at `end`, where attention of layer 1 put it, and the MLPs carry it on.
+# `current` is before the first difference: its cells are exactly 0 and cost nothing.
+#
+# But at the input of layer 1 no role has it. A role that was not named is not looked at; so
+# look at every position:
+
+# %%
+each = mi.activation_patching(model, task, "resid_pre", positions="each")
+each.plot()
+plt.show()
+
+# %% [markdown]
+# Between layers 0 and 1 the difference waits at two positions near the end of the first copy,
+# where nobody would have put a role. Where the two heads of layer 0 look from there:
+
+# %%
+mi.attention_patterns(model, task, heads=[(0, 1), (0, 3), (1, 2), (1, 7)]).figure()
+plt.show()
+
+# %% [markdown]
+# They look back at `successor`, and the heads of layer 1 look at *them* from the end. That is
+# not the textbook picture, in which the last token looks at `successor` itself.
 #
 # ## How sure is that?
 #
@@ -89,8 +109,8 @@ negligible = sure["p_equivalent"] < 0.05
 print(f"{int(strong.sum())} of {strong.size} heads have an effect")
 print(f"{int(negligible.sum())} surely have next to none")
 print(f"{int((strong & negligible).sum())} have an effect, and it is negligible")
-needed_prompts = enough.prompts_needed(half_width=0.1)
-print(f"for ± 0.1 nats everywhere: {int(needed_prompts.max())} prompts")
+needed_prompts = enough.prompts_needed(half_width=0.5)
+print(f"for ± 0.5 nats everywhere: {int(needed_prompts.max())} prompts")
 
 # %% [markdown]
 # ## Trap 1: one of two is enough
@@ -144,9 +164,9 @@ plt.show()
 # %% [markdown]
 # ## What would have changed the answer
 #
-# - Had noising and denoising agreed, head by head, one head would do the work at each step. They
-#   do not, so sets of heads have to be tested together, as for the pair above.
-# - Had the patch at `successor` still worked at the last layers, the information would not
-#   have been moved by attention before them.
+# - Had noising and denoising disagreed on the trained model as on the known one, sets of heads
+#   would have to be patched together before any is called unimportant.
+# - Had we swept roles alone, we would have said that the residual stream loses the answer
+#   between layers 0 and 1. It was elsewhere.
 # - With another corruption we would have asked another question: heads that do the same in both
-#   runs (those that only say "a token was here before") cannot show up in any of these pictures.
+#   runs (that say "a token was here before", for one) cannot show up in these pictures.

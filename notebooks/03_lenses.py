@@ -72,8 +72,8 @@ plt.show()
 
 # %% [markdown]
 # The tuned lens predicts running text better than the logit lens at every layer it was fitted
-# for. On random tokens, which are nothing like what it was fitted on, this need not help: a
-# translator learns what is *usually* there.
+# for. Where the answer is copied both lenses read it from the same layer on, the input of layer
+# 2: before, it is not there to be read, in any basis that the translator knows.
 #
 # ## Who writes the answer?
 #
@@ -106,8 +106,9 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# Heads on the line act on the logits directly. Heads far above it, in early layers, write little
-# or nothing into the answer and are needed all the same: no lens at the end sees them.
+# Heads on the line act on the logits directly. Those of layer 1 lie a little below it: part of
+# what they wrote is made up for. Heads of layer 0 write nothing into the answer and are needed
+# all the same: no lens at the end sees them.
 #
 # ## What would have changed the answer
 #

@@ -11,9 +11,9 @@
 # %% [markdown]
 # # When does a model learn to copy, and with which heads?
 #
-# An induction head looks for an earlier occurrence of the current token and copies what followed
-# it. First the evidence on the embedded model's heads, in one account; then a training run whose
-# checkpoints were kept: do the heads and the ability appear together?
+# An induction head looks for an earlier occurrence of the current token and copies what
+# followed it. First the evidence on the embedded model's heads, in one account; then a training
+# run whose checkpoints were kept: do the heads and the ability appear together?
 
 # %%
 import json
@@ -28,9 +28,9 @@ model = mi.load_model()
 # %% [markdown]
 # ## The dossier
 #
-# Where heads look (prefix matching), what they do with it (copying), who feeds them (by weights,
-# and by patching paths into their keys), and what the second copy loses without them, beside
-# random sets of heads of the same layers.
+# Where heads look (prefix matching), what they do with it (copying), who feeds them (by
+# weights, and by patching paths into their keys), and what the second copy loses without them,
+# beside random sets of heads of the same layers.
 
 # %%
 dossier = mi.induction_dossier(model, k=4, n=20, n_sets=100, n_prompts=8)
@@ -41,7 +41,11 @@ dossier.figure()
 plt.show()
 
 # %% [markdown]
-# The best of them, on one prompt: queries in the second copy look at what followed in the first.
+# The account is careful, and right to be: seven of the eight heads of layer 1 match prefixes,
+# so the random sets of that layer are made of such heads, too, and there are only 15 of them.
+# What can be said is that the two candidates cost more than any other two.
+#
+# One of them, on one prompt: queries of the second copy look along the first.
 
 # %%
 task = mi.load_task("induction", model, n=1, seed=3)
@@ -51,6 +55,7 @@ plt.show()
 # %% [markdown]
 # Do weights and interventions name the same partners? K-composition says whose output a head's
 # keys *could* read; patched paths say whose they *do* read.
+# `none` says that no path was sure on these prompts, not that there is none.
 
 # %%
 dossier.to_frame()[["head", "k_partner", "path_partner", "from_previous", "needed"]]
@@ -79,18 +84,28 @@ curve.means().to_dataframe()
 
 # %% [markdown]
 # Prefix matching rises late and fast, and the in-context score and the loss fall in the same
-# steps. Coincidence in time is not cause. So take the best head out of the checkpoints, and
-# see how much of the in-context score goes with it.
+# steps. Coincidence in time is not cause. So take the best head out, and then all heads that
+# match prefixes in the end, before the change and after it.
 
 # %%
-layer, head = curve.best
+scores = curve.data["induction"].sel(step=1200)
+matching = [
+    (int(layer), int(head))
+    for layer in scores["layer"]
+    for head in scores["head"]
+    if float(scores.sel(layer=layer, head=head)) > 0.5
+]
 for step in (200, 400, 1200):
     checkpoint = mi.load_model(folder / f"step-{step:05d}")
     whole = mi.icl_score(checkpoint, held_out, late=120, early=10).score
     manager = mi.HookManager(checkpoint)
-    with manager.ablate("z", kind="mean", layers=layer, heads=head, mean_data=held_out):
-        without = mi.icl_score(checkpoint, held_out, late=120, early=10).score
-    print(f"step {step:4}: in-context score {whole:.2f}, without {layer}.{head} {without:.2f}")
+    means = manager.mean(held_out, "z")
+    print(f"step {step:4}: in-context score {whole:.2f} nats")
+    for heads in ([curve.best], matching):
+        edits = [mi.edits.Mean("z", means, layers=layer, heads=head) for layer, head in heads]
+        with manager.edit(*edits):
+            left = mi.icl_score(checkpoint, held_out, late=120, early=10).score
+        print(f"           {left:.2f} without {heads}")
 
 # %% [markdown]
 # ## What would have changed the answer
@@ -98,5 +113,5 @@ for step in (200, 400, 1200):
 # - Random sets of heads that cost as much as the candidates: then copying would not be theirs.
 # - An in-context score that had fallen before prefix matching rose: then something else would
 #   have learned to use context first.
-# - A score that stays the same without the head, at the last checkpoint: then it would be
-#   one of several that each suffice, and sets would have to be taken out.
+# - Had we stopped at the single best head, we would have said that induction hardly matters:
+#   the others stand in for it. Sets have to be taken out.
