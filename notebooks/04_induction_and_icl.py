@@ -83,9 +83,10 @@ plt.show()
 curve.means().to_dataframe()
 
 # %% [markdown]
-# Prefix matching rises late and fast, and the in-context score and the loss fall in the same
-# steps. Coincidence in time is not cause. So take the best head out, and then all heads that
-# match prefixes in the end, before the change and after it.
+# Prefix matching rises late and fast, and most of the in-context score and of the last fall of
+# the loss come in the same steps. A part of the score, some 0.5 nats, is there before any head
+# matches prefixes. Coincidence in time is not cause. So take the best head out, and then all
+# heads that match prefixes in the end, before the change and after it.
 
 # %%
 scores = curve.data["induction"].sel(step=1200)
@@ -108,10 +109,13 @@ for step in (200, 400, 1200):
         print(f"           {left:.2f} without {heads}")
 
 # %% [markdown]
+# After the change the whole score goes with these heads, and hardly any of it with the best
+# alone.
+#
 # ## What would have changed the answer
 #
 # - Random sets of heads that cost as much as the candidates: then copying would not be theirs.
-# - An in-context score that had fallen before prefix matching rose: then something else would
-#   have learned to use context first.
+# - An in-context score that is complete before prefix matching rises: then something else would
+#   have learned to use context. Here that something is the smaller part.
 # - Had we stopped at the single best head, we would have said that induction hardly matters:
 #   the others stand in for it. Sets have to be taken out.
