@@ -82,9 +82,9 @@ print(can_go)
 print(curve.against_random())
 
 # %% [markdown]
-# Along the curve both orders beat all six random ones (with six, no smaller `p_draws` exists). By
-# the gradient, eight heads can go for less than 0.25 nats. The atlas' first heads already hurt:
-# alike is not the same as unneeded.
+# Along the curve both orders beat all six random ones (with six, no smaller `p_draws` exists).
+# By the gradient, eight heads can go for less than 0.25 nats. The atlas' first heads already
+# hurt: alike is not the same as unneeded.
 #
 # ## A smaller model
 #
