@@ -77,6 +77,8 @@ _HOME = {
     "mechinterp.nulls": ["random_heads"],
     "mechinterp.results": ["Convention", "Result", "load_result"],
     "mechinterp.sites": ["MissingSiteError", "Site"],
+    "mechinterp.sweeps.opened": ["SweepRun", "open_run"],
+    "mechinterp.sweeps.run": ["run"],
     "mechinterp.tasks": [
         "Labelled",
         "Prompts",

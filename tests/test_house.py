@@ -29,6 +29,7 @@ FLOORS = [
     ["lens"],
     ["causal"],
     ["heads"],
+    ["sweeps"],
     ["quickstart"],
     ["cli"],
 ]
