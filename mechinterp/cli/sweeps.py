@@ -82,7 +82,7 @@ def run(
         typer.echo(estimated(chosen, out, **trusted))
         return 0
     import mechinterp as mi
-    from mechinterp.sweeps.local import ChangedError, DiskFullError
+    from mechinterp.sweeps.local import ChangedError, DiskFullError, StoppedError
 
     signal.signal(signal.SIGTERM, _ended)
     try:
@@ -96,7 +96,7 @@ def run(
             output="json" if json_lines else "quiet" if quiet else "progress",
             **trusted,
         )
-    except (DiskFullError, ChangedError) as error:
+    except (DiskFullError, ChangedError, StoppedError) as error:
         typer.echo("mechinterp: " + " ".join(str(error).split()), err=True)
         return STOPPED
     now = found.status()

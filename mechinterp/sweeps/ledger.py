@@ -258,6 +258,17 @@ class Ledger:
                 [error, time.time(), key, self.worker],
             )
 
+    def give_up(self, key: str, error: str) -> Item:
+        """Enter an item whose workers died as failed, and return it."""
+        with self._writing():
+            self._db.execute(
+                "UPDATE items SET state = 'failed', worker = NULL, error = ?, finished = ? "
+                "WHERE key = ? AND state != 'done'",
+                [error, time.time(), key],
+            )
+        (item,) = self._db.execute("SELECT item FROM items WHERE key = ?", [key]).fetchone()
+        return Item.from_json(item)
+
     def adopt(self, found: Iterable[Written]) -> int:
         """Enter items whose values are there as done, whatever the ledger knew of them."""
         count = 0

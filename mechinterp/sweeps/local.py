@@ -28,6 +28,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _PAUSE = 0.5  # seconds between looks at what other workers still do
 
 
+class StoppedError(RuntimeError):
+    """The run cannot go on as it is; what was stored is intact."""
+
+
 class DiskFullError(OSError):
     """The disk is full; what was stored is intact, and the same command goes on."""
 

@@ -102,20 +102,42 @@ def cells_of(
 
 def engine_cells(
     model: TransformerBridge, data: Any, method: str, arguments: Arguments, part: Arguments
-) -> tuple[list[Cell], str] | None:
-    """Return the cells that the engine will be given and the run they change; None if unknown.
+) -> tuple[Any, list[Cell], str] | None:
+    """Return the data, cells and run that the engine will be given; None where it is not.
 
-    For ``mi.plan``.
+    For ``mi.plan``. Of a pruning curve the cells that judge; ranking comes on top.
     """
     layers = part.get("layers")
     if method == "activation_patching":
         grid = _grid(model, data, {**arguments, **({"layers": layers} if layers else {})})
-        return grid.cells(model, data), grid.base
+        return data, grid.cells(model, data), grid.base
     if method == "head_ablation":
         heads = None if layers is None else _heads(model, layers)
         kind = arguments["kind"]
-        return ablation_cells(model, data, kind=kind, heads=heads), "clean"
+        return data, ablation_cells(model, data, kind=kind, heads=heads), "clean"
+    if method == "pruning_curve" and len(data) > 1:
+        every = [one.pair for one in every_part(model, "z")]
+        steps = min(arguments["steps"], len(every))
+        sets = [every[: round((i + 1) * len(every) / steps)] for i in range(steps)]
+        judge = data[len(data) // 2 :]
+        cells = ablation_cells(model, judge, kind=arguments["kind"], heads=sets)
+        return judge, cells, "clean"
     return None
+
+
+def passes_of(model: TransformerBridge, method: str, arguments: Arguments) -> float:
+    """Return about how many forward passes over its prompts a call costs; rough.
+
+    A backward pass counts as two. For methods that the engine has no plan for.
+    """
+    if method == "attribution_patching":
+        variant, steps = arguments["method"], arguments.get("steps", 5)
+        if "ig" in variant:
+            return 2 + 3 * steps
+        return 2 + 3 * (len(model.blocks) if variant == "atp*" else 1)
+    if method == "head_scores":
+        return 2.0 * (1 + arguments["nulls"])
+    return 3.0 if method == "logit_lens" else 1.0 + len(model.blocks)
 
 
 def run_part(

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import IO, Any, Literal
 
 from rich.console import Console
@@ -22,9 +22,10 @@ class Tally:
     Attributes:
         items: All items of the plan.
         done: Those done or failed.
-        cells: Cells that this run did, in ``since`` seconds.
+        cells: Cells that this run did.
         work: Cells x prompts of all items.
         work_done: Of those done or failed.
+        failed: Items that failed in this run.
     """
 
     items: int
@@ -33,11 +34,15 @@ class Tally:
     work_done: int
     failed: int = 0
     cells: int = 0
-    started: float = field(default_factory=time.perf_counter)
+    _started: float | None = None
     _work_here: int = 0
 
     def count(self, event: Mapping[str, Any]) -> None:
-        """Take an item that was done or failed into account."""
+        """Take an event into account: an item that was started, done or failed."""
+        if self._started is None and event["event"] == "started":
+            self._started = time.perf_counter()
+        if event["event"] not in ("done", "failed"):
+            return
         self.done += 1
         self.failed += event["event"] == "failed"
         self.work_done += event["work"]
@@ -46,16 +51,20 @@ class Tally:
 
     @property
     def rate(self) -> float:
-        """Cells per second since the run started."""
-        return self.cells / max(time.perf_counter() - self.started, 1e-9)
+        """Cells per second since the first item was started."""
+        return self.cells / self._seconds
 
     @property
     def left(self) -> float | None:
         """Seconds left, by the plan's work and its rate so far; None before the first item."""
         if not self._work_here:
             return None
-        rate = self._work_here / max(time.perf_counter() - self.started, 1e-9)
-        return (self.work - self.work_done) / rate
+        return (self.work - self.work_done) * self._seconds / self._work_here
+
+    @property
+    def _seconds(self) -> float:
+        now = time.perf_counter()
+        return max(now - (self._started or now), 1e-9)
 
 
 @contextmanager
@@ -65,7 +74,7 @@ def reporting(output: Output, tally: Tally, stream: IO[str] | None = None) -> It
         out = stream or sys.stdout
 
         def tell(event: Mapping[str, Any]) -> None:
-            _count(tally, event)
+            tally.count(event)
             told = {**event, "items_done": tally.done, "items": tally.items}
             if event["event"] in ("done", "failed"):
                 told |= {"cells_per_second": tally.rate, "seconds_left": tally.left}
@@ -74,7 +83,7 @@ def reporting(output: Output, tally: Tally, stream: IO[str] | None = None) -> It
 
         yield tell
     elif output == "quiet" or not sys.stderr.isatty():
-        yield lambda event: _count(tally, event)
+        yield tally.count
     else:
         with _bar() as bar:
             task = bar.add_task(
@@ -82,7 +91,7 @@ def reporting(output: Output, tally: Tally, stream: IO[str] | None = None) -> It
             )
 
             def show(event: Mapping[str, Any]) -> None:
-                _count(tally, event)
+                tally.count(event)
                 if event["event"] == "failed":
                     bar.console.print(f"failed: {event['item']}: {event['error']}")
                 now = str(event["item"]) if event["event"] == "started" else None
@@ -90,11 +99,6 @@ def reporting(output: Output, tally: Tally, stream: IO[str] | None = None) -> It
                 bar.update(task, completed=tally.work_done, **told, **_shown(tally))
 
             yield show
-
-
-def _count(tally: Tally, event: Mapping[str, Any]) -> None:
-    if event["event"] in ("done", "failed"):
-        tally.count(event)
 
 
 def _bar() -> Progress:

@@ -12,6 +12,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp import results
+from mechinterp._progress import silent
 from mechinterp.models import fingerprint, load_model
 from mechinterp.record import digest
 from mechinterp.results import Result
@@ -102,7 +103,8 @@ class Workbench:
                 f"the prompts of {item.data['name']} changed since the sweep was planned. "
                 "Start it again."
             )
-        return run_part(model, data, item.method, item.arguments, item.part, item.memory)
+        with silent():
+            return run_part(model, data, item.method, item.arguments, item.part, item.memory)
 
 
 def _name(described: Mapping[str, Any]) -> str:
