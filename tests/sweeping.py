@@ -9,6 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ SPEC: dict[str, Any] = {
     "models": "tiny",
     "tasks": "induction",
     "prompts": 4,
-    "seeds": [0, 1],
+    "seeds": [0],
     "methods": [
         {"method": "head_ablation", "kinds": ["zero", "mean", "resample"]},
         {"method": "activation_patching", "sites": ["z", "resid_pre"], "positions": ["end"]},
@@ -33,7 +34,7 @@ SPEC: dict[str, Any] = {
     "split": {"prompts": 2, "layers": 2},
 }
 SPEC["methods"][0]["split"] = {"layers": 1}
-ITEMS = 2 * (3 * 3 + 2 * 4 + 2)
+ITEMS = 3 * 3 + 2 * 4 + 2
 
 
 def tiny() -> Any:
@@ -43,13 +44,18 @@ def tiny() -> Any:
     return zoo("native_attn")
 
 
+@cache
+def _own() -> Any:
+    return tiny()  # the engine checks itself once per model
+
+
 def run_small(out: str | Path, spec: dict[str, Any] | None = None, **told: Any) -> mi.SweepRun:
     """Run the small sweep, or another, in this process."""
-    return mi.run(spec or SPEC, out, models={"tiny": tiny()}, output="quiet", **told)
+    return mi.run(spec or SPEC, out, models={"tiny": _own()}, output="quiet", **told)
 
 
 def stored(out: str | Path) -> dict[str, str]:
-    """The digest of every item's numbers, read from the files and checked against the ledger."""
+    """The digest of every item's numbers, from the files and checked against the ledger."""
     found = {}
     for row in mi.open_run(out).rows("done"):
         path = values.path_of(Path(out) / "values", row.key)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from sweeping import ITEMS, MOMENTS, SPEC, killed_at_random, run_small, start, stored, tiny
 
 import mechinterp as mi
@@ -247,7 +248,7 @@ def test_an_item_that_raises_is_recorded_and_the_rest_goes_on(whole, tmp_path, m
     with monkeypatch.context() as broken:
         broken.setattr(local.Workbench, "do", sometimes)
         found = run_small(tmp_path / "run")
-        assert found.status().failed == 6 and found.status().done == ITEMS - 6
+        assert found.status().failed == 3 and found.status().done == ITEMS - 3
         assert all("the weights are bananas" in error for error in found.failures.values())
         assert all("Traceback" in error for error in found.failures.values())
         seen.clear()
@@ -278,27 +279,21 @@ def test_a_result_file_is_never_unpickled(copied):
 
 def test_a_larger_grid_runs_only_what_is_new(copied):
     before = stored(copied)
-    larger = {**SPEC, "seeds": [0, 1, 2]}
+    larger = {**SPEC, "seeds": [0, 1]}
     run_small(copied, larger)
     rows = mi.open_run(copied).rows()
-    assert len(rows) == ITEMS * 3 // 2 and {row.attempts for row in rows} == {1}
+    assert len(rows) == 2 * ITEMS and {row.attempts for row in rows} == {1}
     assert before.items() <= stored(copied).items()
     assert len(mi.open_run(copied, all_plans=True).rows()) == len(rows)
 
 
 def test_other_weights_never_reuse_a_number(copied):
     other = tiny()
-    with mi_no_grad():
+    with torch.no_grad():
         next(other.parameters()).mul_(1 + 1e-6)
     found = mi.run(SPEC, copied, models={"tiny": other}, output="quiet")
     assert found.status().done == ITEMS
     assert len(mi.open_run(copied, all_plans=True).rows("done")) == 2 * ITEMS
-
-
-def mi_no_grad():
-    import torch
-
-    return torch.no_grad()
 
 
 def test_other_versions_never_reuse_a_number(copied, monkeypatch):
@@ -319,7 +314,7 @@ def test_weights_that_change_under_a_run_stop_it(tmp_path):
     def change(self, item):
         told.append(1)
         if len(told) == 3:
-            with mi_no_grad():
+            with torch.no_grad():
                 next(model.parameters()).add_(1)
         return run(self, item)
 
