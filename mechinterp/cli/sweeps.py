@@ -49,7 +49,10 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it will cost, and stop.")
     ] = False,
-    workers: Annotated[int, typer.Option(help="Processes, or actors of a cluster.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes; actors of a cluster, one per GPU or CPU by default."),
+    ] = None,
     backend: Annotated[str, typer.Option(help="local or ray.")] = "local",
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster.")] = None,
     retry_failed: Annotated[

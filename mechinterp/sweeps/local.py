@@ -51,7 +51,7 @@ def work(
         DiskFullError: A value or the ledger could not be written.
         ChangedError: Weights, data or packages are not those of the plan.
     """
-    with _full_disk(place), beating(ledger):
+    with full_disk(place), beating(ledger):
         while True:
             item = ledger.claim(plan)
             if item is None:
@@ -103,7 +103,8 @@ def fail(ledger: Ledger, item: Item, error: str, report: Report) -> None:
 
 
 @contextmanager
-def _full_disk(place: Place) -> Iterator[None]:
+def full_disk(place: Place) -> Iterator[None]:
+    """Raise a `DiskFullError` where the block meets a full disk."""
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:

@@ -30,7 +30,7 @@ def run(
     out: str | PathLike[str],
     *,
     models: Mapping[str, TransformerBridge] | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     backend: str = "local",
     address: str | None = None,
     retry_failed: bool = False,
@@ -49,8 +49,8 @@ def run(
             comments.
         out: The run's folder, on a local disk; made where it is not there.
         models: Bridges that are loaded already, by the ``source`` that the spec calls them.
-        workers: Processes on this machine, which share its threads. With 1, this process does
-            the work itself.
+        workers: Processes on this machine, which share its threads; by default this process
+            does the work itself. Of a Ray cluster, actors: by default one per GPU, or per CPU.
         backend: ``"local"``, or ``"ray"`` for a cluster (needs ``mechinterp-toolkit[ray]``).
         address: Of the Ray cluster; a new local one by default.
         retry_failed: Do items again that failed before.
@@ -72,9 +72,9 @@ def run(
         raise ValueError(unknown("backend", backend, BACKENDS))
     if output not in OUTPUTS:
         raise ValueError(unknown("output", output, OUTPUTS))
-    if workers < 1:
+    if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} does nothing. Pass at least 1.")
-    if models and (workers > 1 or backend != "local"):
+    if models and (workers not in (None, 1) or backend != "local"):
         raise ValueError("models= are of this process. Leave workers and backend as they are.")
     place = place_of(out, make=True)
     if chosen.export is not None:
@@ -88,10 +88,10 @@ def run(
         tally = tally_of(ledger, plan)
         with reporting(output, tally) as report:
             report({"event": "planned", "cells": sum(i.cells for i in plan.items)})
-            if workers == 1 and backend == "local":
+            if workers in (None, 1) and backend == "local":
                 ledger.register(torch.get_num_threads(), device_name())
                 work(place, ledger, plan.name, bench, report)
-            elif backend == "local":
+            elif workers is not None and backend == "local":
                 from mechinterp.sweeps.pool import work_in_processes
 
                 bench.forget()

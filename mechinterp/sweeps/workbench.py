@@ -41,11 +41,19 @@ class Workbench:
 
     def model(self, described: Mapping[str, Any]) -> TransformerBridge:
         """Return the model of a description, loaded unless it is the one at hand."""
-        asked = _name({k: v for k, v in described.items() if k != "name"})
-        if self._held is None or self._held[0] != asked:
-            self._held, self._data = None, {}  # before the next one takes memory
-            self._held = asked, self._load(described)
+        if not self.holds(described):
+            self.forget()  # before the next one takes memory
+            self.take(described, self._load(described))
+        assert self._held is not None
         return self._held[1]
+
+    def holds(self, described: Mapping[str, Any]) -> bool:
+        """Whether the model of a description is at hand."""
+        return self._held is not None and self._held[0] == _source(described)
+
+    def take(self, described: Mapping[str, Any], model: TransformerBridge) -> None:
+        """Hold this model as that of a description."""
+        self._held, self._data = (_source(described), model), {}
 
     def _load(self, described: Mapping[str, Any]) -> TransformerBridge:
         if described["source"] in self.given:
@@ -105,6 +113,10 @@ class Workbench:
             )
         with silent():
             return run_part(model, data, item.method, item.arguments, item.part, item.memory)
+
+
+def _source(described: Mapping[str, Any]) -> str:
+    return _name({k: v for k, v in described.items() if k != "name"})
 
 
 def _name(described: Mapping[str, Any]) -> str:
