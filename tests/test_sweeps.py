@@ -305,13 +305,13 @@ def test_unknown_words_for_backend_and_workers_are_refused(tmp_path):
 
 def test_a_dry_run_counts_what_is_left_and_leaves_nothing(tmp_path, monkeypatch, model):
     monkeypatch.setattr("mechinterp.sweeps.workbench.load_model", lambda *_, **__: model)
-    spec = read_spec(spec_of([METHODS[0], METHODS[3], METHODS[6], METHODS[7], METHODS[10]]))
+    spec = read_spec(spec_of([METHODS[1], METHODS[4], METHODS[6], METHODS[10]]))
     found = estimated(spec, tmp_path / "run")
     assert not list(tmp_path.iterdir())
     assert found.items == len(planned(spec, Workbench(given={"tiny": model})).items)
     assert found.seconds > 0 and found.memory > 0 and found.disk > 0 and found.done == 0
     assert f"{found.items} items to do" in str(found)
-    small = read_spec(spec_of([METHODS[3]]))
+    small = read_spec(spec_of([METHODS[4]]))
     mi.run(small, tmp_path / "run", models={"tiny": model}, output="quiet")
     again = estimated(spec, tmp_path / "run")
     assert again.done > 0 and again.items + again.done == found.items
@@ -319,7 +319,7 @@ def test_a_dry_run_counts_what_is_left_and_leaves_nothing(tmp_path, monkeypatch,
 
 def test_what_is_written_is_about_what_was_estimated(made, tmp_path, model, monkeypatch):
     monkeypatch.setattr("mechinterp.sweeps.workbench.load_model", lambda *_, **__: model)
-    spec = read_spec(spec_of([METHODS[0], METHODS[3]]))
+    spec = read_spec(spec_of([METHODS[1], METHODS[4]]))
     disk = estimated(spec, None).disk
     mi.run(spec, tmp_path / "run", models={"tiny": model}, output="quiet")
     real = sum(path.stat().st_size for path in (tmp_path / "run" / "values").iterdir())

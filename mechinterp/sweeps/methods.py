@@ -133,8 +133,8 @@ def passes_of(model: TransformerBridge, method: str, arguments: Arguments) -> fl
     if method == "attribution_patching":
         variant, steps = arguments["method"], arguments.get("steps", 5)
         if "ig" in variant:
-            return 2 + 3 * steps
-        return 2 + 3 * (len(model.blocks) if variant == "atp*" else 1)
+            return 2.0 + 3 * steps
+        return 2.0 + 3 * (len(model.blocks) if variant == "atp*" else 1)
     if method == "head_scores":
         return 2.0 * (1 + arguments["nulls"])
     return 3.0 if method == "logit_lens" else 1.0 + len(model.blocks)

@@ -120,7 +120,7 @@ def _shown(tally: Tally) -> dict[str, str]:
     }
 
 
-def span(seconds: float) -> str:
+def span(seconds: float | int) -> str:
     """Return a time as ``3:05`` or ``2:03:05``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
