@@ -91,7 +91,7 @@ def test_joined_results_are_those_of_one_call_with_labels_and_convention(made, m
         assert set(whole.data.coords) == set(got.data.coords), item
         assert got.convention == whole.convention, item
         seen += len(found.rows) > 1
-    assert len(made.results()) == 20 and seen > 10
+    assert len(made.results()) == 19 and seen > 10
 
 
 def test_a_split_that_cuts_nothing_gives_the_same_bits_as_the_call(model, tmp_path):
@@ -143,7 +143,8 @@ def _shared(found):
 
 def test_duckdb_answers_over_the_numbers_and_reads_nothing_else(made, tmp_path):
     asked = "SELECT kind, count(*) AS n FROM numbers WHERE method = 'head_ablation' GROUP BY 1"
-    assert dict(made.sql(asked).values) == dict.fromkeys(("zero", "mean", "position_mean", "corrupted", "resample"), N * 12 + N * 2)  # fmt: skip
+    kinds = ("zero", "mean", "position_mean", "corrupted", "resample")
+    assert dict(made.sql(asked).values) == dict.fromkeys(kinds, N * 12 + N * 2)
     (tmp_path / "secret.csv").write_text("a\n1\n")
     for wrong in (f"SELECT * FROM read_csv('{tmp_path}/secret.csv')", "SELEC 1"):
         with pytest.raises(ValueError, match="DuckDB"):

@@ -60,7 +60,7 @@ def test_yaml_and_toml_say_the_same(tmp_path):
         (with_method(method="head_ablatoin"), "Did you mean 'head_ablation'"),
         (with_method(method="head_ablation", kinds="zeros"), "Did you mean 'zero'"),
         (with_method(method="activation_patching"), "methods.0.sites is missing"),
-        (with_method(method="logit_lens", split={"layers": 2}), "split by layers, but by prompts"),
+        (with_method(method="logit_lens", split={"layers": 2}), "by layers, but by prompts"),
         (
             with_method(method="head_ablation", kinds=["resample"], split={"prompts": 2}),
             "cannot be split by prompts",

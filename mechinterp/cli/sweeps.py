@@ -193,7 +193,8 @@ def results(
         typer.echo("Nothing is done yet.")
         return
     table = pd.DataFrame(listed)
-    table = table.dropna(axis="columns", how="all").fillna("")
+    table = table.dropna(axis="columns", how="all").astype(object)
+    table = table.where(table.notna(), "")
     print_table(f"{len(table):,} results", table.head(rows))
 
 
