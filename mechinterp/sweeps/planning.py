@@ -83,7 +83,7 @@ def _of_model(
                         described, {}, method.method, {**told, "seed": seed}, {}, {},
                         spec, identity, model, None,
                     )  # fmt: skip
-    for data_described, data in _data(spec, described, model, bench, left_out):
+    for data_described, data, lenient in _data(spec, described, model, bench, left_out):
         known = {**identity, "data_sha256": digest(data)}
         for method in spec.methods:
             if isinstance(method, HeadScoresOf) and method.on == "random_tokens":
@@ -100,7 +100,13 @@ def _of_model(
                     arguments["metric"] = metric
                 if is_seeded(method.method, arguments):
                     arguments["seed"] = data_described["seed"]
-                checked(model, data, method.method, arguments)
+                try:
+                    checked(model, data, method.method, arguments)
+                except ValueError as error:
+                    if not lenient:
+                        raise
+                    left_out.append(f"{method.method} of {data.name}, {_said(told)}: {error}")
+                    continue
                 split = method.split or spec.split
                 asked, parts = _parts(model, data, method, arguments, split.model_dump())
                 for part in parts:
@@ -167,8 +173,11 @@ def _data(
     model: TransformerBridge,
     bench: Workbench,
     left_out: list[str],
-) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Yield every data set of the grid for a model, and its description."""
+) -> Iterator[tuple[dict[str, Any], Any, bool]]:
+    """Yield the description of every data set of the grid, the data, and whether it is able.
+
+    Calls that make no sense on the able ones are left out, not an error.
+    """
     counts: dict[str, int] = {}
     names: list[str] = []
     for name in spec.tasks or ():
@@ -180,9 +189,9 @@ def _data(
     for name, n, seed in product(names, spec.prompts or (None,), spec.seeds):
         most = counts.get(name)
         n = n if n is None or most is None else min(n, most)
-        yield _one(name, n, seed, spec, described, bench)
+        yield (*_one(name, n, seed, spec, described, bench), most is not None)
     for name, n in product(spec.texts or (), spec.prompts or (None,)):
-        yield _one(name, n, spec.seeds[0], spec, described, bench)
+        yield (*_one(name, n, spec.seeds[0], spec, described, bench), False)
 
 
 def _one(
@@ -197,6 +206,11 @@ def _one(
     data = bench.data(model_described, told)
     label = Path(name).name if "/" in name or "\\" in name else name
     return told | {"label": label, "count": len(data)}, data
+
+
+def _said(told: Mapping[str, Any]) -> str:
+    shown = ("site", "direction", "kind", "method")
+    return ", ".join(f"{name}={told[name]}" for name in shown if told.get(name))
 
 
 def _able(spec: Spec, model: TransformerBridge, left_out: list[str]) -> dict[str, int]:
