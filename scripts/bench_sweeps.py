@@ -2,6 +2,7 @@
 
     python scripts/bench_sweeps.py            # everything: ten minutes on two idle cores
     python scripts/bench_sweeps.py --quick    # small sizes, to see that it works
+    python scripts/bench_sweeps.py --predict  # the table of docs/scaling.md, from the model
 
 Stores every number in ``scripts/results/bench_sweeps.json``. Let nothing else run meanwhile.
 
@@ -41,7 +42,12 @@ def main() -> None:
     """Measure, compare with the model, store."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    parser.add_argument("--predict", action="store_true")
+    told = parser.parse_args()
+    if told.predict:
+        print(table())
+        return
+    quick = told.quick
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -55,6 +61,51 @@ def main() -> None:
     }
     OUT.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=2))
+
+
+def wall(
+    start: float, item: float, items: int, workers: int, ledger_seconds: float = 0.0
+) -> float:
+    """Return the seconds that a sweep takes: the cost model of docs/scaling.md.
+
+    Every worker starts in ``start`` seconds, then takes the next of ``items`` items of ``item``
+    seconds until none is left; the ledger takes ``ledger_seconds`` for each, one at a time.
+    """
+    rounds = -(-items // workers)
+    return start + max(rounds * (item + ledger_seconds), items * ledger_seconds + item)
+
+
+# A 7-billion-parameter model, 100,000 cells on 32 prompts of 32 tokens, in bfloat16.
+PARAMETERS, CELLS, PROMPTS, TOKENS = 7e9, 100_000, 32, 32
+SHARE = 0.5  # of the layers that a cell runs through, on average over layers
+FLOPS = 150e12  # a second, of a GPU at bfloat16 that keeps 40 % of its peak
+LOAD, DISK, COPY = 60.0, 1e9, 10e9  # imports and cluster; bytes a second from disk, to a GPU
+NETWORK, PER_NODE = 3e9, 8  # bytes a second into a machine; GPUs of a machine
+ITEM, LEDGER = 5.0, 0.03  # seconds of an item, and of its entry by the driver
+
+
+def table() -> str:
+    """Return what the model predicts for 7 billion parameters on many GPUs, as Markdown."""
+    flop = 2 * PARAMETERS * CELLS * PROMPTS * TOKENS * SHARE
+    items = round(flop / FLOPS / ITEM)
+    size = 2 * PARAMETERS
+    lines = [
+        "| GPUs | start s | work s | whole s | speed-up | share of the time at work |",
+        "| --: | --: | --: | --: | --: | --: |",
+    ]
+    alone = None
+    for n in (1, 2, 8, 16, 32, 64, 128, 256, 512):
+        machines = -(-n // PER_NODE)
+        hops = max(0, (machines - 1).bit_length())  # machines pass the weights on
+        start = LOAD + size / DISK + hops * size / NETWORK + size / COPY
+        whole = wall(start, ITEM, items, n, LEDGER)
+        alone = whole if alone is None else alone
+        busy = items * ITEM / (n * whole)
+        lines.append(
+            f"| {n} | {start:.0f} | {whole - start:,.0f} | {whole:,.0f} | "
+            f"{alone / whole:.1f} | {busy:.0%} |"
+        )
+    return "\n".join(lines)
 
 
 def ledger(out: Path, quick: bool) -> dict[str, Any]:
@@ -122,8 +173,8 @@ def workers(folder: Path, quick: bool) -> dict[str, Any]:
         seconds[name] = _pool(spec, folder / name, count)
     torch.set_num_threads(1)
     one, two = seconds["one"], seconds["two"]
-    items = one["items"]
-    predicted = one["start"] + -(-items // 2) * one["working"] / items
+    items = int(one["items"])
+    predicted = wall(one["start"], one["working"] / items, items, 2)
     return {
         **seconds,
         "speed_up_working": one["working"] / two["working"],
