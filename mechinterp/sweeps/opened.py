@@ -89,7 +89,8 @@ class SweepRun:
             workers = len(ledger.workers())
         by_state: dict[str, list[Row]] = {name: [] for name in _STATES}
         for row in rows:
-            by_state[row.state].append(row)
+            dead = row.state == "running" and not workers
+            by_state["todo" if dead else row.state].append(row)
         done = by_state["done"]
         seconds = sum(row.seconds or 0 for row in done)
         left = None
