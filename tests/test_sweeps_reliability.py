@@ -156,7 +156,8 @@ def test_a_claim_is_one_workers_until_its_process_is_gone(copied, monkeypatch):
     with Ledger(place.ledger) as ours, Ledger(place.ledger) as theirs:
         ((plan, _),) = ours.plans()
         ours.undo(list(ours.states())[:1])
-        ours.register(1, "cpu"), theirs.register(1, "cpu")
+        ours.register(1, "cpu")
+        theirs.register(1, "cpu")
         mine = ours.claim(plan)
         assert mine is not None and theirs.claim(plan) is None
         assert theirs.waiting_for_others(plan)

@@ -78,7 +78,10 @@ def run(
     from mechinterp.sweeps.spec import read_spec
 
     chosen = read_spec(spec)  # before torch is loaded
-    trusted = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    trusted: dict[str, Any] = {
+        "allow_pickle": allow_pickle,
+        "trust_remote_code": trust_remote_code,
+    }
     if dry_run:
         from mechinterp.sweeps.estimate import estimated
 

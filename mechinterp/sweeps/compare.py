@@ -34,8 +34,8 @@ class Difference:
     @property
     def summary(self) -> str:
         """What there is to say on one line."""
-        both, equal = int(self.calls["both"].sum()), int(self.calls["equal"].sum())
-        alone = int(self.calls["only A"].sum()), int(self.calls["only B"].sum())
+        counted = self.calls[["both", "equal", "only A", "only B"]].to_numpy(dtype=int)
+        both, equal, *alone = counted.sum(0).tolist()
         said = f"{both:,} numbers in both, {equal:,} of them equal bit for bit"
         if len(self.cells):
             worst = self.cells["difference"].iloc[0]

@@ -95,7 +95,7 @@ def reporting(output: Output, tally: Tally, stream: IO[str] | None = None) -> It
                 if event["event"] == "failed":
                     bar.console.print(f"failed: {event['item']}: {event['error']}")
                 now = str(event["item"]) if event["event"] == "started" else None
-                told = {} if now is None else {"description": now[:60]}
+                told: dict[str, Any] = {} if now is None else {"description": now[:60]}
                 bar.update(task, completed=tally.work_done, **told, **_shown(tally))
 
             yield show
@@ -112,7 +112,7 @@ def _bar() -> Progress:
     )
 
 
-def _shown(tally: Tally) -> dict[str, str]:
+def _shown(tally: Tally) -> dict[str, Any]:
     return {
         "items": f"{tally.done}/{tally.items}",
         "rate": f"{tally.rate:,.1f}",

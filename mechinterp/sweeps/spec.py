@@ -285,7 +285,9 @@ class Spec(_Part):
     seeds: Many[int] = Field((0,), description="which prompts are drawn, and what else is")
     metrics: Many[str] | None = Field(None, description="the data's own by default")
     methods: Many[Annotated[MethodSpec, BeforeValidator(_as_method)]]
-    split: Split = Field(default_factory=Split, description="how calls are cut into items")
+    split: Split = Field(
+        Split(prompts=None, layers=None), description="how calls are cut into items"
+    )
     memory: str = Field("1GB", description="what a call may take beside the model")
     export: str | None = Field(
         None, description="table of all numbers, a .csv or .parquet in the run's folder"

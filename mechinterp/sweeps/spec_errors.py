@@ -17,6 +17,7 @@ def explained(
     """Return one sentence per mistake in a spec."""
     said = []
     for each in error.errors():
+        context: dict[str, Any] = each.get("ctx", {})
         place = [part for part in each["loc"] if str(part) not in methods]
         at = ".".join(map(str, place)) or "it"
         if each["type"] == "extra_forbidden":
@@ -25,9 +26,9 @@ def explained(
             inside = f" in {parent}" if parent else ""
             said.append(unknown(f"key{inside}", place[-1], known))
         elif each["type"] == "union_tag_invalid":
-            said.append(f"{at}: {unknown('method', each['ctx']['tag'], methods)}")
+            said.append(f"{at}: {unknown('method', context['tag'], methods)}")
         elif each["type"] == "literal_error":
-            known = str(each["ctx"]["expected"]).replace(" or ", ", ").split(", ")
+            known = str(context["expected"]).replace(" or ", ", ").split(", ")
             names = [name.strip("'") for name in known]
             said.append(f"{at}: {unknown('value', each['input'], names)}")
         elif each["type"] == "missing":

@@ -58,7 +58,7 @@ class Workbench:
     def _load(self, described: Mapping[str, Any]) -> TransformerBridge:
         if described["source"] in self.given:
             return self.given[described["source"]]
-        placed = {"device_map": described.get("device_map")}
+        placed: dict[str, Any] = {"device_map": described.get("device_map")}
         if self.device is not None and placed["device_map"] is None:
             placed = {"device": self.device}
         return load_model(
