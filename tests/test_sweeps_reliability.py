@@ -324,3 +324,38 @@ def test_weights_that_change_under_a_run_stop_it(tmp_path):
         with pytest.raises(ChangedError, match="changed since the sweep was planned"):
             mi.run(SPEC, tmp_path / "run", models={"tiny": model}, output="quiet")
     assert mi.open_run(tmp_path / "run").status().done == 2
+
+
+@pytest.mark.slow
+def test_a_worker_process_that_is_killed_is_replaced_and_the_numbers_are_the_same(tmp_path):
+    import threading
+    import time
+
+    import psutil
+    from zoo import hf
+
+    mi.save_model(mi.load_model(hf("gpt2")), tmp_path / "model")
+    spec = {**SPEC, "models": str(tmp_path / "model")}
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        mi.run(spec, tmp_path / "alone", output="quiet")
+    finally:
+        torch.set_num_threads(before)
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        while not list((tmp_path / "run" / "values").glob("*.parquet")):
+            time.sleep(0.02)
+        (victim, *_) = psutil.Process().children()
+        killed.append(victim.pid)
+        victim.kill()
+
+    threading.Thread(target=kill_one, daemon=True).start()
+    torch.set_num_threads(2)
+    try:
+        found = mi.run(spec, tmp_path / "run", workers=2, output="quiet")
+    finally:
+        torch.set_num_threads(before)
+    assert killed and found.status().complete and not found.failures
+    assert stored(tmp_path / "run") == stored(tmp_path / "alone")
