@@ -104,9 +104,10 @@ class _Pool:
 
     def _listen(self, number: int, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):
-                self.events.put((number, json.loads(line)))
+        with process.stdout as said:
+            for line in said:
+                if line.startswith("{"):
+                    self.events.put((number, json.loads(line)))
         self.events.put((number, {"event": "ended", "code": process.wait()}))
 
     def stop(self) -> None:
