@@ -4,7 +4,7 @@ Exact ablation, Michel's gradient in its three variants, Voita's gates, Shapley 
 redundancy atlas and chance: one call, one kind of result, larger is more important.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from mechinterp.heads.gradient import gate_gradients
 from mechinterp.heads.importance_result import HeadImportance
 from mechinterp.heads.redundancy import redundancy_atlas
 from mechinterp.heads.shapley import shapley_values
-from mechinterp.metrics import Metric, kl, loss, rank, resolve_metrics
+from mechinterp.metrics import Metric, accuracy, is_worse, rank, resolve_metrics
 from mechinterp.models import fingerprint
 from mechinterp.nulls import Head
 from mechinterp.record import Data, convention_of, unit_of
@@ -32,7 +32,6 @@ from mechinterp.tasks import as_data
 
 METHODS = ("ablation", "gradient", "hard_concrete", "redundancy", "shapley", "random")
 UNITS = ("example", "token", "batch")
-_WORSE = (loss, kl, rank)  # metrics of which more is worse
 
 
 def head_importance(
@@ -101,6 +100,8 @@ def head_importance(
     metrics = resolve_metrics(metric, measured.metric)
     if len(metrics) > 1:
         raise ValueError("importance is by one metric. Pass one.")
+    if method == "gradient":
+        check_slope(metrics)
     if orders < 2 or orders % 2:
         raise ValueError(f"orders={orders} must be even, since orders come in pairs.")
     if steps < 1 or batch_size < 1:
@@ -146,6 +147,16 @@ def head_importance(
     )
 
 
+def check_slope(metrics: Mapping[str, Metric]) -> None:
+    """Raise a ``ValueError`` where a metric moves in steps, so that its gradient is zero."""
+    for name, metric in metrics.items():
+        if metric in (accuracy, rank):
+            raise ValueError(
+                f"{name} moves in steps, so it has no gradient. Rank by a smooth metric such "
+                "as 'loss' or 'logit_diff' (the first of several), or by method='ablation'."
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class _How:
     """What a scorer needs to know."""
@@ -178,7 +189,7 @@ class _How:
     @property
     def sign(self) -> float:
         """-1 where more of the metric is worse."""
-        return -1.0 if any(self.metrics[self.name] is worse for worse in _WORSE) else 1.0
+        return -1.0 if is_worse(self.name, self.metrics[self.name]) else 1.0
 
 
 @dataclass(frozen=True, eq=False)

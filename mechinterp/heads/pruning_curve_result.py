@@ -12,8 +12,6 @@ from mechinterp import inference, plotting, stats
 from mechinterp.nulls import Head
 from mechinterp.results import Result
 
-_WORSE = ("loss", "kl", "rank")
-
 
 @dataclass(frozen=True, eq=False)
 class PruningCurve(Result):
@@ -181,7 +179,8 @@ class PruningCurve(Result):
         return ax
 
     def _sign(self, metric: str | None) -> float:
-        return -1.0 if (metric or next(iter(self.convention.metrics))) in _WORSE else 1.0
+        name = metric or next(iter(self.convention.metrics))
+        return -1.0 if name in self.convention.settings["worse"] else 1.0
 
     def _area(self, value: xr.DataArray) -> xr.DataArray:
         x = self.data["removed"].values.astype(float)
