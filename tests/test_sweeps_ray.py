@@ -111,4 +111,4 @@ def test_an_item_that_fails_on_a_cluster_is_recorded_with_its_traceback(
     found = mi.run(spec, tmp_path / "run", backend="ray", workers=1, output="quiet")
     assert found.status().failed == 1 and found.status().done == 2
     ((_, error),) = found.failures.items()
-    assert "Traceback" in error and "context holds 64" in error
+    assert "Traceback" in error and "context holds 63" in error
