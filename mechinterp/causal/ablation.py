@@ -73,7 +73,17 @@ def head_ablation(
             unknown, or the data has none of what it needs: before the model runs.
     """
     return _ablation(
-        model, data, "z", heads, "head_ablation", kind, reference, metric, seed, memory, screen
+        model,
+        data,
+        site="z",
+        asked=heads,
+        method="head_ablation",
+        kind=kind,
+        reference=reference,
+        metric=metric,
+        seed=seed,
+        memory=memory,
+        screen=screen,
     )
 
 
@@ -106,7 +116,16 @@ def mlp_ablation(
         ValueError: As there.
     """
     return _ablation(
-        model, data, "mlp_out", mlps, "mlp_ablation", kind, reference, metric, seed, memory
+        model,
+        data,
+        site="mlp_out",
+        asked=mlps,
+        method="mlp_ablation",
+        kind=kind,
+        reference=reference,
+        metric=metric,
+        seed=seed,
+        memory=memory,
     )
 
 
@@ -141,14 +160,14 @@ def neuron_ablation(
     return _ablation(
         model,
         data,
-        "mlp_post",
-        neurons,
-        "neuron_ablation",
-        kind,
-        reference,
-        metric,
-        seed,
-        memory,
+        site="mlp_post",
+        asked=neurons,
+        method="neuron_ablation",
+        kind=kind,
+        reference=reference,
+        metric=metric,
+        seed=seed,
+        memory=memory,
     )
 
 
@@ -264,6 +283,7 @@ def captured_stand_ins(
 def _ablation(
     model: TransformerBridge,
     data: Any,
+    *,
     site: str,
     asked: Any,
     method: str,

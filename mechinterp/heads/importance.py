@@ -19,7 +19,7 @@ from mechinterp.causal.grid import check_option, prompt_labels
 from mechinterp.causal.parts import Part, every_part, part_of
 from mechinterp.engine.calls import MEASURED, Memory, check_answers
 from mechinterp.engine.runs import run_of
-from mechinterp.heads.gates import open_probability, train_gates
+from mechinterp.heads.gates import open_probability, settled, train_gates
 from mechinterp.heads.gradient import gate_gradients
 from mechinterp.heads.importance_result import HeadImportance
 from mechinterp.heads.redundancy import redundancy_atlas
@@ -111,20 +111,20 @@ def head_importance(
     if len(set(asked)) < len(asked) or not asked:
         raise ValueError("heads must name at least one head, and each once.")
     how = _How(
-        model,
-        measured,
-        metrics,
-        asked,
-        every,
-        unit,
-        kind,
-        reference,
-        orders,
-        penalty,
-        steps,
-        batch_size,
-        seed,
-        memory,
+        model=model,
+        data=measured,
+        metrics=metrics,
+        asked=asked,
+        every=every,
+        unit=unit,
+        kind=kind,
+        reference=reference,
+        orders=orders,
+        penalty=penalty,
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        memory=memory,
     )
     found = _SCORERS[method](how)
     if normalize_layers:
@@ -250,6 +250,7 @@ def _by_gates(how: _How) -> _Scored:
         seed=how.seed,
     )
     scores = [float(open_probability(gates.log_odds[p.layer])[p.index]) for p in how.asked]
+    gate = [float(settled(gates.log_odds[p.layer])[p.index]) for p in how.asked]
     history = [
         [float(at[p.layer][p.index]) for p in how.asked] for at in gates.history.values()
     ]
@@ -259,7 +260,7 @@ def _by_gates(how: _How) -> _Scored:
         "batch_size": how.batch_size,
         "last_loss": gates.loss,
     }
-    beside = {"open": np.array(history)}
+    beside = {"open": np.array(history), "gate": np.array(gate)}
     steps = list(gates.history)
     return _Scored(np.array(scores), "gate is open", "probability", said, beside, steps)
 
