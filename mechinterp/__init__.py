@@ -80,6 +80,8 @@ _HOME = {
     "mechinterp.report.writing": ["report"],
     "mechinterp.results": ["Convention", "Result", "load_result"],
     "mechinterp.sites": ["MissingSiteError", "Site"],
+    "mechinterp.sweeps.opened": ["SweepRun", "open_run"],
+    "mechinterp.sweeps.run": ["run"],
     "mechinterp.tasks": [
         "Labelled",
         "Prompts",

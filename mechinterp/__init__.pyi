@@ -92,6 +92,9 @@ from mechinterp.results import Result as Result
 from mechinterp.results import load_result as load_result
 from mechinterp.sites import MissingSiteError as MissingSiteError
 from mechinterp.sites import Site as Site
+from mechinterp.sweeps.opened import SweepRun as SweepRun
+from mechinterp.sweeps.opened import open_run as open_run
+from mechinterp.sweeps.run import run as run
 from mechinterp.tasks import Labelled as Labelled
 from mechinterp.tasks import Prompts as Prompts
 from mechinterp.tasks import Task as Task
@@ -144,6 +147,7 @@ __all__ = [
     "Site",
     "SiteCatalogue",
     "SlowPathWarning",
+    "SweepRun",
     "Task",
     "Text",
     "TrainingCurve",
@@ -178,6 +182,7 @@ __all__ = [
     "mlp_ablation",
     "neuron_ablation",
     "noise_corruption",
+    "open_run",
     "pair_names",
     "patching_cells",
     "path_patching",
@@ -191,6 +196,7 @@ __all__ = [
     "random_init",
     "redundancy_atlas",
     "repeated_tokens",
+    "run",
     "run_activations",
     "save_model",
     "self_repair",

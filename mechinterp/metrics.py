@@ -159,6 +159,18 @@ METRICS: dict[str, Metric] = {
 # Metrics that read the logits of the targets' tokens and no others.
 OF_TARGETS = (logit_diff, logit)
 
+_WORSE: tuple[Metric, ...] = (loss, kl, rank)
+
+
+def is_worse(name: str, metric: Metric) -> bool:
+    """Whether more of a metric is worse: loss, kl and rank, by whatever name.
+
+    Of a function of one's own more is taken to be better, unless it is given one of these
+    names.
+    """
+    return metric in _WORSE or name in ("loss", "kl", "rank")
+
+
 UNITS: dict[str, str] = {
     "logit_diff": "nats of log-odds",
     "logit": "logits",

@@ -12,6 +12,7 @@ from mechinterp.models import processed_weights
 from mechinterp.results import Convention
 from mechinterp.tasks import Labelled, Task, Text
 from mechinterp.tasks.positions import Roles, as_label
+from mechinterp.tasks.prompts import as_prompts
 
 Data = Task | Text | Labelled
 
@@ -77,6 +78,18 @@ def digest(data: Data) -> str:
     for text in said:
         found.update(text.encode())
     return found.hexdigest()
+
+
+def source_of(model: TransformerBridge, reference: Any) -> dict[str, str]:
+    """Return what a record says of the data that means and resamples come from.
+
+    Its name and what identifies its content; raw prompts are told by their tokens.
+    """
+    if isinstance(reference, Data):
+        return {"name": reference.name, "sha256": digest(reference)}
+    prompts = as_prompts(model, reference)
+    whole = Text("prompts", prompts, tuple(range(len(prompts))), prompts.tokens.shape[1])
+    return {"name": "prompts", "sha256": digest(whole)}
 
 
 def _positions(positions: Any) -> Any:

@@ -10,6 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from html import escape
 from importlib import import_module, metadata
 from os import PathLike
@@ -35,7 +36,12 @@ _R = TypeVar("_R", bound="Result")  # beartype checks methods one by one and kno
 
 def versions() -> dict[str, str]:
     """Return the installed versions of the packages that reported numbers depend on."""
-    return {name: metadata.version(name) for name in _PACKAGES}
+    return dict(_versions())
+
+
+@cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    return tuple((name, metadata.version(name)) for name in _PACKAGES)
 
 
 @dataclass(frozen=True)

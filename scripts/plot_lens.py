@@ -45,7 +45,10 @@ def capitals(n: int | None, out: Path) -> dict[str, object]:
         "prompts": len(task),
         "median_rank_by_layer": rank.values.tolist(),
         "mean_kl_by_layer": lens.data["kl"].mean(["prompt", "position"]).values.tolist(),
-        "first_layer_in_top_ten": int(lens.data["layer"].values[(rank.values < 10).argmax()]),
+        "first_layer_with_median_rank_below": {
+            most: int(lens.data["layer"].values[(rank.values < most).argmax()])
+            for most in (10_000, 1_000, 100, 10)
+        },
         "mean_logit_diff": float(shares.data["logit_diff"].mean()),
         "largest_gap_of_shares_to_logit_diff": float(gap),
         "top_components": dict(

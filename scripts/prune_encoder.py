@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ import mechinterp as mi
 from mechinterp import stats
 from mechinterp._cache import fetched
 from mechinterp.models import forward
+from mechinterp.results import versions
 
 CLASSES = ("negative", "positive")
 
@@ -52,10 +54,13 @@ def main() -> None:
         print(curve.against_random(metric="accuracy").to_string(), flush=True)
     assert model is not None
     found = {
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "asked": {k: v for k, v in vars(asked).items() if k not in ("data", "out")},
         **together(curves),
         "throughput": throughput(model, curves[-1]),
-        "seconds": time.perf_counter() - start,
+        "seconds": round(time.perf_counter() - start),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
     }
     print(json.dumps(found, indent=1))
     if asked.out is not None:
@@ -132,7 +137,7 @@ def together(curves: list[mi.PruningCurve]) -> dict:
     lost = (value[:, :1] - value).mean(0)
     _, bound = stats.bootstrap_interval(lost[1:], 0.90)
     fine = np.logical_and.accumulate([True, *(bound < 0.02)])
-    by_seed = [float(each.mean()) for each in (value - random.mean(1)).mean((1, 2))]
+    by_seed = np.trapezoid(value - random.mean(1), removed, axis=1) / removed[-1]
     return {
         "removed": removed.tolist(),
         "accuracy": value.mean((0, 2)).tolist(),
@@ -140,7 +145,8 @@ def together(curves: list[mi.PruningCurve]) -> dict:
         "area_above_random": float(area.mean()),
         "interval": [float(low[0]), float(high[0])],
         "p_over_prompts": float(stats.sign_flip_test(area[None])[0]),
-        "mean_advantage_by_seed": by_seed,
+        "area_by_seed": by_seed.mean(1).tolist(),
+        "p_by_seed": stats.sign_flip_test(by_seed).tolist(),
         "steps_significantly_below_random": int(below.sum()),
         "heads_that_can_go_at_2_points": int(removed[fine][-1]),
         "of": int(removed[-1]),

@@ -376,3 +376,10 @@ def test_a_screen_that_does_not_exist_is_refused_before_anything_runs():
     model = zoo.zoo("gpt2")
     with pytest.raises(ValueError, match="bfloat16"):
         mi.head_ablation(model, task(model), screen="int4")
+
+
+def test_heads_may_be_numpy_integers_as_ranked_tables_give_them():
+    model = zoo.zoo("gpt2")
+    pairs = [tuple(pair) for pair in np.array([[0, 1], [2, 3]])]
+    found = mi.head_ablation(model, task(model), heads=pairs)
+    assert found.data["set"].values.tolist() == ["0.1", "2.3"]

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from zoo import tokenizer, zoo
 
 import mechinterp as mi
+from mechinterp.heads import few_shot
 from mechinterp.heads.examples import drawn_examples
+from mechinterp.tasks import run
 from mechinterp.tasks.pairs import few_shot_text, tokenise_answered
 
 CAPITALS = mi.Pairs(
@@ -170,3 +172,18 @@ def test_accuracy_is_the_share_of_whole_answers_and_is_drawn():
         result.accuracy, result.data["value"].sel(metric="exact").mean("prompt")
     )
     assert result.plot(metric="log_prob").get_ylabel() == "log-probability of the answer (nats)"
+
+
+def test_few_prompts_run_at_once_where_their_logits_would_be_large(monkeypatch):
+    """Scores do not depend on it; no run holds more logits than allowed."""
+    model = with_tokenizer("gpt2")
+    whole = mi.few_shot(model, CAPITALS, shots=(0, 2), n=3)
+    seen = []
+    forward = few_shot.forward
+    monkeypatch.setattr(run, "_LOGITS", 70 * model.cfg.d_vocab)
+    monkeypatch.setattr(
+        few_shot, "forward", lambda m, t, mask: seen.append(t.numel()) or forward(m, t, mask)
+    )
+    again = mi.few_shot(model, CAPITALS, shots=(0, 2), n=3)
+    assert 0 < max(seen) <= 70
+    np.testing.assert_allclose(whole.data["value"], again.data["value"], atol=1e-4)

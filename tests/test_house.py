@@ -30,6 +30,7 @@ FLOORS = [
     ["causal"],
     ["heads"],
     ["report"],
+    ["sweeps"],
     ["quickstart"],
     ["cli"],
 ]

@@ -1,5 +1,6 @@
 """Importance of heads: six methods against plain loops, enumeration and known answers."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -214,6 +215,21 @@ def test_trained_gates_stay_open_on_the_circuit_and_close_on_decoys():
     history = result.data["open"]
     assert history["step"].values[0] == 0 and history["step"].values[-1] == 120
     np.testing.assert_allclose(history.isel(step=-1), scores)
+    shift = gates.TEMPERATURE * math.log(-gates.LOW / gates.HIGH)
+    log_odds = torch.special.logit(torch.tensor(scores.values)).flatten() + shift
+    gate = result.data["gate"].values.flatten()
+    np.testing.assert_allclose(gate, gates.settled(log_odds), atol=1e-6)
+
+
+@pytest.mark.parametrize("positions", [-1, [2]])
+def test_gates_refuse_edits_of_particular_prompts_as_batches_are_drawn_anew(positions):
+    model = zoo.zoo("gpt2")
+    edit = mi.edits.Zero("resid_post", layers=0, positions=positions)
+    with (
+        pytest.raises(ValueError, match="particular prompts"),
+        HookManager(model).edit(edit, data=text(model)),
+    ):
+        mi.head_importance(model, text(model), method="hard_concrete", steps=2)
 
 
 def test_gates_leave_the_weights_and_their_gradients_alone():
@@ -242,7 +258,9 @@ def test_redundant_heads_go_first_by_the_atlas():
     model = zoo.zoo("gpt2")
     data = text(model, (30, 28))
     result = mi.head_importance(model, data, method="redundancy")
-    assert sorted(result.effect.values.flatten().tolist()) == list(range(12))
+    order = mi.redundancy_atlas(model, data).pruning_order()
+    places = [int(result.effect.sel(layer=layer, head=head)) for layer, head in order]
+    assert places == list(range(12))
 
 
 # --------------------------------------------------------------------------- bad input
@@ -260,6 +278,7 @@ def test_redundant_heads_go_first_by_the_atlas():
         ({"method": "shapley", "orders": 3}, "must be even"),
         ({"metric": {"loss": "loss", "accuracy": "accuracy"}}, "by one metric"),
         ({"steps": 0}, "must be at least 1"),
+        ({"method": "gradient", "metric": "rank"}, "rank moves in steps"),
     ],
 )
 def test_bad_arguments_are_said_at_once(arguments, says):

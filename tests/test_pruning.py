@@ -347,3 +347,11 @@ def test_means_are_over_any_data_and_the_record_says_which(data):
 
 def test_all_causal_families_are_covered():
     assert set(CAUSAL) < set(NAMES)
+
+
+def test_a_model_with_edits_in_force_is_not_cut():
+    model = zoo("gpt2")
+    with mi.HookManager(model).ablate("z", layers=0, heads=0):
+        forward(model, random_tokens(1, 4))
+        with pytest.raises(ValueError, match="edits or hooks are in place"):
+            mi.prune_heads(model, [(1, 1)])

@@ -1,13 +1,17 @@
 """Pruning curves: what is left as heads go, on data that did not rank them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 import zoo
 from known import known
 from zoo import tokens
 
 import mechinterp as mi
+from mechinterp.heads.held_out import held_out
 from mechinterp.hooks import HookManager
 
 
@@ -49,24 +53,80 @@ def test_all_orders_begin_and_end_alike(curve):
     assert curve.data["removed"].values.tolist() == [0, 2, 5, 7, 10, 12]
 
 
-def test_rescoring_is_a_greedy_loop(model):
+@pytest.mark.parametrize("kind", ["zero", "mean", "position_mean"])
+def test_rescoring_is_a_greedy_loop(model, kind):
     data = text(model)
-    curve = mi.pruning_curve(model, data, method="ablation", steps=12, draws=1)
+    curve = mi.pruning_curve(model, data, method="ablation", steps=12, draws=1, kind=kind)
     out: list[tuple[int, int]] = []
     manager = HookManager(model)
     every = [(layer, head) for layer in range(3) for head in range(4)]
     half = data[:4]
+    by_position = kind == "position_mean"
+    means = manager.mean(half, "z", per_position=by_position)  # of the intact model, once
+
+    def gone(layer: int, head: int) -> mi.edits.Edit:
+        where = {"layers": layer, "heads": head}
+        if kind == "zero":
+            return mi.edits.Zero("z", **where)
+        return mi.edits.Mean("z", means, per_position=by_position, **where)
+
     for _ in range(4):
         losses = {}
         for head in every:
             if head in out:
                 continue
-            edits = [mi.edits.Zero("z", layers=a, heads=b) for a, b in [*out, head]]
-            with manager.edit(*edits):
+            with manager.edit(*(gone(*each) for each in [*out, head]), data=half):
                 losses[head] = float(half.loss(model).mean())
         out.append(min(losses, key=losses.__getitem__))
     assert curve.removed("ablation", 4) == out
     assert curve.convention.settings["rescored"] == ["ablation"]
+    assert (curve.convention.settings["reference"] is None) == (kind == "zero")
+
+
+@pytest.mark.parametrize("method", ["ablation", "gradient"])
+def test_corrupted_values_can_take_the_place_of_heads_that_are_rescored(model, method):
+    rows = tokens(6, 9, seed=3)
+    task = mi.Task.from_tokens(
+        model,
+        clean=rows.tolist(),
+        corrupted=tokens(6, 9, seed=4).tolist(),
+        answers=[3] * 6,
+        distractors=[7] * 6,
+    )
+    curve = mi.pruning_curve(model, task, method=method, steps=4, draws=1, kind="corrupted")
+    with HookManager(model).edit(
+        mi.edits.Replace("z", HookManager(model).capture(task[1::2].corrupted, "z"))
+    ):
+        expected = mi.metrics.logit_diff(task[1::2].logits(model), task[1::2].targets())
+    last = curve.data["value"].isel(ranked_by=0, removed=-1)
+    np.testing.assert_allclose(last, expected, atol=1e-4)
+
+
+def test_more_of_a_loss_is_worse_by_whatever_name(model):
+    data = text(model)
+    curve = mi.pruning_curve(model, data, steps=3, draws=3)
+    named = mi.pruning_curve(model, data, steps=3, draws=3, metric={"surprisal": "loss"})
+    assert curve.removed("gradient", 12) == named.removed("gradient", 12)
+    mine = curve.against_random()["better"]
+    assert named.against_random(metric="surprisal")["better"].tolist() == mine.tolist()
+
+
+def test_what_judges_has_no_prompt_of_what_ranks(model):
+    data = text(model)
+    with pytest.raises(ValueError, match=r"2 of the 3 prompts of evaluate_on.*number 1"):
+        others = mi.Text.from_tokens(
+            model, [tokens(1, 9, seed=77)[0].tolist(), *data.prompts.rows[:2]]
+        )
+        mi.pruning_curve(model, data, evaluate_on=others)
+
+
+def test_labels_are_halved_evenly_however_they_are_sorted(model):
+    prompts = mi.Text.from_tokens(model, tokens(10, 7, seed=3)).prompts
+    labels = torch.tensor([0] * 6 + [1] * 4)
+    used, aside = held_out(mi.Labelled("x", prompts, labels, ("a", "b")), None, 0.5, "m")
+    assert isinstance(used, mi.Labelled) and isinstance(aside, mi.Labelled)
+    assert sorted(used.labels.tolist()) == sorted(aside.labels.tolist()) == [0, 0, 0, 1, 1]
+    assert len({tuple(row) for row in [*used.prompts.rows, *aside.prompts.rows]}) == 10
 
 
 def test_without_rescoring_both_of_a_redundant_pair_go_and_with_it_one_stays():
@@ -130,6 +190,8 @@ def made(values: np.ndarray, random: np.ndarray, metric: str) -> mi.PruningCurve
     )
     unit = {metric: "nats" if metric == "loss" else "share right"}
     convention = mi.Convention("pruning_curve", "m", "f", False, "float32", "d", "given", unit)
+    worse = [metric] if metric == "loss" else []
+    convention = replace(convention, settings={"worse": worse})
     return mi.PruningCurve(data, convention)
 
 
@@ -214,10 +276,16 @@ def test_bad_arguments_are_said_at_once(model, arguments, says):
         mi.pruning_curve(model, text(model), **arguments)
 
 
+def test_a_metric_that_moves_in_steps_is_refused_by_gradients_before_any_run(model):
+    for method in ("gradient", ["ablation", "gradient"]):
+        with pytest.raises(ValueError, match=r"accuracy moves in steps.*method='ablation'"):
+            mi.pruning_curve(model, text(model), method=method, metric="accuracy")
+
+
 def test_data_that_ranks_does_not_judge(model):
     with pytest.raises(ValueError, match="flatter"):
         mi.pruning_curve(model, text(model), evaluate_on=text(model))
-    with pytest.raises(ValueError, match="cannot be halved"):
+    with pytest.raises(ValueError, match="cannot be used and held out"):
         mi.pruning_curve(model, text(model, 1))
     with pytest.raises(TypeError, match="takes a Text"):
         task = mi.Task.from_tokens(model, clean=tokens(2, 6), answers=[3, 4])

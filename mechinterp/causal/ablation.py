@@ -9,7 +9,7 @@ over a reference distribution); Chan et al. 2022, "Causal Scrubbing" (resample).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from mechinterp.engine.runs import run_activations, run_of
 from mechinterp.engine.screening import Screened, check_screen, screened_cells
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import resolve_metrics
-from mechinterp.record import Data, convention_of, digest
+from mechinterp.record import Data, convention_of, source_of
 from mechinterp.tasks import Task, as_data
 
 KINDS = ("zero", "mean", "position_mean", "resample", "corrupted")
@@ -73,7 +73,17 @@ def head_ablation(
             unknown, or the data has none of what it needs: before the model runs.
     """
     return _ablation(
-        model, data, "z", heads, "head_ablation", kind, reference, metric, seed, memory, screen
+        model,
+        data,
+        site="z",
+        asked=heads,
+        method="head_ablation",
+        kind=kind,
+        reference=reference,
+        metric=metric,
+        seed=seed,
+        memory=memory,
+        screen=screen,
     )
 
 
@@ -106,7 +116,16 @@ def mlp_ablation(
         ValueError: As there.
     """
     return _ablation(
-        model, data, "mlp_out", mlps, "mlp_ablation", kind, reference, metric, seed, memory
+        model,
+        data,
+        site="mlp_out",
+        asked=mlps,
+        method="mlp_ablation",
+        kind=kind,
+        reference=reference,
+        metric=metric,
+        seed=seed,
+        memory=memory,
     )
 
 
@@ -141,14 +160,14 @@ def neuron_ablation(
     return _ablation(
         model,
         data,
-        "mlp_post",
-        neurons,
-        "neuron_ablation",
-        kind,
-        reference,
-        metric,
-        seed,
-        memory,
+        site="mlp_post",
+        asked=neurons,
+        method="neuron_ablation",
+        kind=kind,
+        reference=reference,
+        metric=metric,
+        seed=seed,
+        memory=memory,
     )
 
 
@@ -212,10 +231,14 @@ def stand_ins(
 ) -> StandIns:
     """Return what takes the place of parts of ``site`` at some layers.
 
+    ``reference`` may be ready stand-ins, made when other edits or none were in force.
+
     Raises:
         ValueError: The kind is unknown, draws on no reference, or needs a corrupted run.
     """
     check_option("kind", kind, KINDS)
+    if isinstance(reference, StandIns):
+        return reference
     if kind in ("zero", "corrupted") and reference is not None:
         raise ValueError(f"kind={kind!r} draws on no reference. Leave reference out.")
     if kind == "zero":
@@ -235,9 +258,32 @@ def stand_ins(
     )
 
 
+def captured_stand_ins(
+    model: TransformerBridge,
+    data: Data,
+    kind: str,
+    reference: Any,
+    site: str,
+    layers: Sequence[int],
+    seed: int = 0,
+) -> StandIns:
+    """Return stand-ins that plain runs can use, too: a corrupted run's values are captured.
+
+    Raises:
+        ValueError: As ``stand_ins``.
+    """
+    values = stand_ins(model, data, kind, reference, site, layers, seed)
+    if kind != "corrupted":
+        return values
+    run, manager = run_of(data, "corrupted"), HookManager(model)
+    with run.in_force(manager):
+        return replace(values, source=manager.capture(run, site, layers=sorted(set(layers))))
+
+
 def _ablation(
     model: TransformerBridge,
     data: Any,
+    *,
     site: str,
     asked: Any,
     method: str,
@@ -271,8 +317,8 @@ def _ablation(
     }
     if isinstance(found, Screened):
         settings["screen"] = screen
-    if reference is not None:
-        settings["reference"] = _named(reference)
+    if reference is not None and not isinstance(reference, StandIns):
+        settings["reference"] = source_of(model, reference)
     several = isinstance(metric, Mapping)
     return AblationResult(
         _labelled(chosen, found, measured, list(metrics) if several else None),
@@ -336,9 +382,3 @@ def _said(kind: str) -> str:
         "resample": "a random prompt's, same position",
         "corrupted": "the corrupted run's",
     }[kind]
-
-
-def _named(reference: Any) -> dict[str, str]:
-    """Return what a record says of the data that means come from."""
-    named = getattr(reference, "name", None)
-    return {"name": named, "sha256": digest(reference)} if named else {"name": "prompts"}

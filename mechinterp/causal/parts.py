@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
+from numbers import Integral
 from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
@@ -143,9 +144,9 @@ def _set(model: TransformerBridge, site: str, asked: Any) -> list[Part]:
 
 def _is_part(asked: Any, site: str) -> bool:
     if site == "mlp_out":
-        return isinstance(asked, int)
+        return isinstance(asked, Integral)
     both = isinstance(asked, tuple | list) and len(asked) == 2
-    return both and all(isinstance(number, int) for number in asked)
+    return both and all(isinstance(number, Integral) for number in asked)
 
 
 def _count(model: TransformerBridge, site: str, layer: int) -> int:

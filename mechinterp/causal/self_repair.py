@@ -9,7 +9,6 @@ Source: McGrath et al. 2023, "The Hydra Effect", arXiv:2307.15771; Rushing and N
 "Explorations of Self-Repair in Language Models", arXiv:2402.15390 (the part of the norm).
 """
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,11 @@ import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp._progress import progress
-from mechinterp.causal.ablation import stand_ins
+from mechinterp.causal.ablation import captured_stand_ins
 from mechinterp.causal.parts import Part, sets_of
 from mechinterp.causal.self_repair_result import SelfRepair
 from mechinterp.engine.calls import Memory, metrics_of_cells
 from mechinterp.engine.cells import Cell
-from mechinterp.engine.runs import run_of
 from mechinterp.hooks import HookManager
 from mechinterp.lens.attribution import direct_logit_attribution
 from mechinterp.metrics import METRICS
@@ -64,12 +62,8 @@ def self_repair(
     name = "logit" if task.distractors is None else "logit_diff"
     chosen = sets_of(model, "z", heads)
     intact = direct_logit_attribution(model, task, memory=memory)
-    values = stand_ins(model, task, kind, reference, "z", chosen.layers, seed)
+    values = captured_stand_ins(model, task, kind, reference, "z", chosen.layers, seed)
     manager = HookManager(model)
-    if kind == "corrupted":
-        run = run_of(task, "corrupted")
-        with run.in_force(manager):
-            values = replace(values, source=manager.capture(run, "z", layers=chosen.layers))
     capped = intact.convention.settings["attributed"] != "logits"
     cells = [Cell(values.edits(one)) for one in chosen.sets]
     total = None

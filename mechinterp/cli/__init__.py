@@ -20,6 +20,7 @@ from mechinterp.cli import lens as lens
 from mechinterp.cli import pruning as pruning
 from mechinterp.cli import redundancy as redundancy
 from mechinterp.cli import reporting as reporting
+from mechinterp.cli import sweeps as sweeps
 from mechinterp.cli.shared import app
 
 

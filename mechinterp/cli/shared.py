@@ -66,48 +66,25 @@ def load_data(
     name: str, model: Any, n: int | None, seed: int, first_token: bool = False
 ) -> Any:
     """Return a built-in task or one from a file, ``n`` prompts of it."""
-    import mechinterp as mi
-    from mechinterp.tasks.frames import draw
+    from mechinterp.tasks.named import load_prompts
 
-    told = {"first_token": True} if first_token else {}
-    if not name.endswith(".jsonl"):
-        return mi.load_task(name, model, n, seed, **told)
-    data = mi.Task.from_jsonl(name, model, **told)
-    return data[draw(data.name, len(data), n, seed)]
+    return load_prompts(name, model, n, seed, first_token)
 
 
 def load_any(
     name: str, model: Any, n: int | None, seed: int, context: int | None = None
 ) -> Any:
-    """Return the data of that name: a task, the text in a .txt file, or labelled texts.
+    """Return the data of that name: a task, the text in a .txt file, or labelled texts."""
+    from mechinterp.tasks.named import load_named
 
-    A .jsonl file whose lines have ``text`` and ``label`` is labelled texts. ``n`` prompts of
-    it; of a .txt file the first, in pieces of ``context`` tokens.
-    """
-    import mechinterp as mi
-
-    if name.endswith(".txt"):
-        text = read_text(Path(name), model, context)
-        return text if n is None else text[: max(n, 1)]
-    if name.endswith(".jsonl") and mi.Labelled.in_jsonl(name):
-        labelled = mi.Labelled.from_jsonl(name, model)
-        return labelled if n is None else labelled[: max(n, 1)]
-    return load_data(name, model, n, seed)
+    return load_named(name, model, n, seed, context)
 
 
 def read_text(path: Path, model: Any, context: int | None = None) -> Any:
     """Return a file's text in pieces of so many tokens, or as many as the model holds."""
-    import mechinterp as mi
+    from mechinterp.tasks.named import load_text
 
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
-    whole = path.read_text(encoding="utf-8")
-    if not whole.strip():
-        raise ValueError(f"{path} is empty. Pass a file with text in it.")
-    most = model.cfg.n_ctx
-    return mi.Text.from_strings(
-        model, whole, context=min(context or most, most), name=path.stem
-    )
+    return load_text(path, model, context)
 
 
 def show(result: "Result", title: str, out: Path | None, rows: int = 10) -> None:

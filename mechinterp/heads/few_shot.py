@@ -32,6 +32,7 @@ from mechinterp.tasks.pairs import (
     tokenise_answered,
 )
 from mechinterp.tasks.prompts import pad
+from mechinterp.tasks.run import rows_at_once
 
 
 def few_shot(
@@ -65,7 +66,8 @@ def few_shot(
             each other; a packaged list by default, and recorded.
         template: The format, with ``{input}`` and ``{output}``.
         seed: Of queries and examples.
-        batch_size: Prompts run at once; their lengths may differ.
+        batch_size: Prompts run at once, fewer where their logits would be more than 100
+            million numbers; their lengths may differ.
 
     Raises:
         TypeError: ``data`` is no pairs of words.
@@ -134,8 +136,9 @@ def answer_scores(
     """Return ``exact``, ``first_token`` and ``log_prob`` of each prompt's answer."""
     found = np.zeros((len(METRICS), len(answered.begins)))
     lengths = answered.prompts.lengths.tolist()
-    for start in range(0, len(lengths), batch_size):
-        batch = answered.prompts[start : start + batch_size]
+    step = rows_at_once(model, answered.prompts.tokens.shape[1], batch_size)
+    for start in range(0, len(lengths), step):
+        batch = answered.prompts[start : start + step]
         logits = forward(model, batch.tokens, batch.mask)
         for row in range(len(batch)):
             prompt = start + row

@@ -132,7 +132,7 @@ class FunctionVectorEffect(Result):
         ax.set_xticks(layers)
         ax.set_xlim(layers.min() - 1, layers.max() + 1)
         ax.set_xlabel("layer at which it is added")
-        ax.set_ylabel(f"{name.replace('_', ' ')} of the answer's first token ({unit})")
+        ax.set_ylabel(f"{name.replace('_', ' ')}, first answer token ({unit})")
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
         plotting.legend(ax)
@@ -141,7 +141,8 @@ class FunctionVectorEffect(Result):
         plotting.title(
             ax,
             f"function vector · {self.convention.data}, {n} words",
-            f"smallest p against {self.data.sizes['draw']} random vectors, Holm over "
-            f"{len(layers)} layers: {p:.3g}; bars: 95 %",
+            f"smallest p against {self.data.sizes['draw']} random vectors"
+            f"{f', Holm over {len(layers)} layers' if len(layers) > 1 else ''}: {p:.3g}; "
+            "bars: 95 %",
         )
         return ax

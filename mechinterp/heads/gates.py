@@ -9,7 +9,7 @@ constants of its code.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,9 +19,12 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp._progress import progress
+from mechinterp.engine.cells import is_uniform
 from mechinterp.engine.runs import run_of
 from mechinterp.heads.gradient import objective
+from mechinterp.hooks.editing import Action
 from mechinterp.hooks.observing import Attached, observe
+from mechinterp.hooks.taps import attached
 from mechinterp.metrics import METRICS
 from mechinterp.record import Data
 from mechinterp.sites import n_heads, site_layers
@@ -84,7 +87,11 @@ def train_gates(
         batch_size: Prompts of a batch.
         seed: Of batches and gates.
         keep: How many states on the way are kept.
+
+    Raises:
+        ValueError: An edit in force is of particular prompts: batches are drawn anew.
     """
+    _refuse_edits_of_prompts(model)
     layers = site_layers(model, "z")
     log_odds = {
         layer: torch.full((n_heads(model, "z", layer),), START, requires_grad=True)
@@ -104,8 +111,8 @@ def train_gates(
             gates = {k: drawn(log_odds[k], noise[k]) for k in layers}
             _, logits = observe(model, prompts, slice(0, len(index)), [], put=_put(gates))
             loss = measured(logits, index).mean()
-            closed = sum((open_probability(each).sum() for each in log_odds.values()), 0.0)
-            total = loss + penalty * closed
+            opened = sum((open_probability(each).sum() for each in log_odds.values()), 0.0)
+            total = loss + penalty * opened
             found = torch.autograd.grad(total, list(log_odds.values()))
         for each, gradient in zip(log_odds.values(), found, strict=True):
             each.grad = gradient
@@ -115,6 +122,19 @@ def train_gates(
             history[step] = _open(log_odds)
     trained = {layer: each.detach().double() for layer, each in log_odds.items()}
     return Gates(trained, history, sum(last) / len(last))
+
+
+def _refuse_edits_of_prompts(model: TransformerBridge) -> None:
+    if not all(isinstance(tap, Action) and _serves_any_batch(tap) for tap in attached(model)):
+        raise ValueError(
+            "gates are trained on batches drawn from the data, but what is in force on this "
+            "model is for particular prompts. Train outside that block, or edit whole prompts "
+            "alike (Zero, Mean, Scale, Add at all positions)."
+        )
+
+
+def _serves_any_batch(action: Action) -> bool:
+    return is_uniform(action.edit) and (action.everywhere or action.pairs is None)
 
 
 def _open(log_odds: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -128,7 +148,7 @@ def _put(gates: Mapping[int, Tensor]) -> Attached:
     return [(("z", layer), partial(scale, gate)) for layer, gate in gates.items()]
 
 
-def batches(n: int, size: int, generator: torch.Generator):
+def batches(n: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
     """Yield prompts' numbers without end, each round through all of them in a new order."""
     waiting: list[int] = []
     while True:

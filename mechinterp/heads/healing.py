@@ -17,16 +17,17 @@ from transformers.pytorch_utils import Conv1D
 from mechinterp import inference, plotting, stats
 from mechinterp._progress import progress
 from mechinterp.causal.grid import prompt_labels
-from mechinterp.engine.calls import MEASURED, check_answers
+from mechinterp.engine.calls import check_answers
 from mechinterp.engine.runs import run_of
 from mechinterp.heads.gates import batches
 from mechinterp.heads.gradient import Objective, objective
+from mechinterp.heads.held_out import held_out
 from mechinterp.metrics import METRICS, resolve_metrics
 from mechinterp.models import fingerprint, forward
 from mechinterp.models.pruned.copying import copied, wrapped_like
 from mechinterp.record import Data, convention_of, digest
 from mechinterp.results import Result
-from mechinterp.tasks import Prompts, as_data
+from mechinterp.tasks import Prompts
 
 _WARM_UP = 0.1  # of the steps
 _CLIP = 1.0
@@ -97,7 +98,7 @@ def heal(
     Args:
         model: Left as it was; pruned or not.
         data: What to train on: a ``Text``, ``Labelled`` texts or a ``Task``.
-        evaluate_on: Other data of the same kind, for the curve. By default the last tenth of
+        evaluate_on: Other data of the same kind, for the curve. By default a tenth of
             ``data`` (at least one prompt) is kept from training for it.
         steps: Updates.
         batch_size: Prompts of an update.
@@ -116,7 +117,7 @@ def heal(
             LoRA on a native model.
         ImportError: ``peft`` is wanted and not there.
     """
-    training, judging = _both(data, evaluate_on)
+    training, judging = held_out(data, evaluate_on, 0.1, "heal")
     sizes = {"steps": steps, "batch_size": batch_size, "evaluations": evaluations}
     if small := [name for name, size in sizes.items() if size < 1]:
         raise ValueError(f"{small[0]}={sizes[small[0]]} must be at least 1.")
@@ -235,19 +236,3 @@ def _with_lora(module: PreTrainedModel, rank: int, seed: int) -> nn.Module:
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers old names
         torch.manual_seed(seed)
         return get_peft_model(module, wanted)
-
-
-def _both(data: Any, evaluate_on: Any) -> tuple[Any, Any]:
-    training: Any = as_data(data, MEASURED, "heal")
-    if evaluate_on is not None:
-        judging: Any = as_data(evaluate_on, (type(training),), "heal(evaluate_on=)")
-        if digest(judging) == digest(training):
-            raise ValueError(
-                "evaluate_on is what the model trains on, so the curve would say little. Give "
-                "other prompts, or leave it out to hold some back."
-            )
-        return training, judging
-    if len(training) < 2:
-        raise ValueError("one prompt cannot be trained on and held out. Give evaluate_on=.")
-    held = max(1, len(training) // 10)
-    return training[: len(training) - held], training[len(training) - held :]

@@ -4,7 +4,7 @@ Exact ablation, Michel's gradient in its three variants, Voita's gates, Shapley 
 redundancy atlas and chance: one call, one kind of result, larger is more important.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,12 +19,12 @@ from mechinterp.causal.grid import check_option, prompt_labels
 from mechinterp.causal.parts import Part, every_part, part_of
 from mechinterp.engine.calls import MEASURED, Memory, check_answers
 from mechinterp.engine.runs import run_of
-from mechinterp.heads.gates import open_probability, train_gates
+from mechinterp.heads.gates import open_probability, settled, train_gates
 from mechinterp.heads.gradient import gate_gradients
 from mechinterp.heads.importance_result import HeadImportance
 from mechinterp.heads.redundancy import redundancy_atlas
 from mechinterp.heads.shapley import shapley_values
-from mechinterp.metrics import Metric, kl, loss, rank, resolve_metrics
+from mechinterp.metrics import Metric, accuracy, is_worse, rank, resolve_metrics
 from mechinterp.models import fingerprint
 from mechinterp.nulls import Head
 from mechinterp.record import Data, convention_of, unit_of
@@ -32,7 +32,6 @@ from mechinterp.tasks import as_data
 
 METHODS = ("ablation", "gradient", "hard_concrete", "redundancy", "shapley", "random")
 UNITS = ("example", "token", "batch")
-_WORSE = (loss, kl, rank)  # metrics of which more is worse
 
 
 def head_importance(
@@ -101,6 +100,8 @@ def head_importance(
     metrics = resolve_metrics(metric, measured.metric)
     if len(metrics) > 1:
         raise ValueError("importance is by one metric. Pass one.")
+    if method == "gradient":
+        check_slope(metrics)
     if orders < 2 or orders % 2:
         raise ValueError(f"orders={orders} must be even, since orders come in pairs.")
     if steps < 1 or batch_size < 1:
@@ -110,20 +111,20 @@ def head_importance(
     if len(set(asked)) < len(asked) or not asked:
         raise ValueError("heads must name at least one head, and each once.")
     how = _How(
-        model,
-        measured,
-        metrics,
-        asked,
-        every,
-        unit,
-        kind,
-        reference,
-        orders,
-        penalty,
-        steps,
-        batch_size,
-        seed,
-        memory,
+        model=model,
+        data=measured,
+        metrics=metrics,
+        asked=asked,
+        every=every,
+        unit=unit,
+        kind=kind,
+        reference=reference,
+        orders=orders,
+        penalty=penalty,
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        memory=memory,
     )
     found = _SCORERS[method](how)
     if normalize_layers:
@@ -144,6 +145,16 @@ def head_importance(
             seed=seed,
         ),
     )
+
+
+def check_slope(metrics: Mapping[str, Metric]) -> None:
+    """Raise a ``ValueError`` where a metric moves in steps, so that its gradient is zero."""
+    for name, metric in metrics.items():
+        if metric in (accuracy, rank):
+            raise ValueError(
+                f"{name} moves in steps, so it has no gradient. Rank by a smooth metric such "
+                "as 'loss' or 'logit_diff' (the first of several), or by method='ablation'."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +189,7 @@ class _How:
     @property
     def sign(self) -> float:
         """-1 where more of the metric is worse."""
-        return -1.0 if any(self.metrics[self.name] is worse for worse in _WORSE) else 1.0
+        return -1.0 if is_worse(self.name, self.metrics[self.name]) else 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,6 +250,7 @@ def _by_gates(how: _How) -> _Scored:
         seed=how.seed,
     )
     scores = [float(open_probability(gates.log_odds[p.layer])[p.index]) for p in how.asked]
+    gate = [float(settled(gates.log_odds[p.layer])[p.index]) for p in how.asked]
     history = [
         [float(at[p.layer][p.index]) for p in how.asked] for at in gates.history.values()
     ]
@@ -248,7 +260,7 @@ def _by_gates(how: _How) -> _Scored:
         "batch_size": how.batch_size,
         "last_loss": gates.loss,
     }
-    beside = {"open": np.array(history)}
+    beside = {"open": np.array(history), "gate": np.array(gate)}
     steps = list(gates.history)
     return _Scored(np.array(scores), "gate is open", "probability", said, beside, steps)
 

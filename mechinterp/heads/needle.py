@@ -11,9 +11,9 @@ from mechinterp.sites import site_layers
 from mechinterp.tasks import Prompts
 from mechinterp.tasks.induction import ordinary_ids, repeated_tokens
 from mechinterp.tasks.prompts import pad
+from mechinterp.tasks.run import rows_at_once
 
 NEEDLE, HAYSTACK = 8, 96  # tokens
-_LOGITS = 2**28  # bytes of a batch's logits
 
 
 def needles(model: TransformerBridge, n: int, seed: int) -> tuple[Prompts, list[int]]:
@@ -64,7 +64,7 @@ def retrieval(
     next_keys = torch.tensor(starts)[:, None] + torch.arange(1, NEEDLE)
     looks = np.full((n, len(layers), max(widths.values()), NEEDLE - 1), np.nan)
     right = np.zeros((n, NEEDLE - 1))
-    each = max(1, min(16, _LOGITS // (4 * end * model.cfg.d_vocab)))
+    each = rows_at_once(model, end, 16)
     for start in range(0, n, each):
         rows = slice(start, min(start + each, n))
 

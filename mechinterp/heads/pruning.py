@@ -14,6 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp.edits import Edit, Mean, Zero
 from mechinterp.hooks import HookManager
+from mechinterp.hooks.taps import attached, foreign_hooks
 from mechinterp.models import fingerprint, forward, processed_weights
 from mechinterp.models.pruned.anatomy import Anatomy, LayerHeads
 from mechinterp.models.pruned.copying import Removal, anatomy_of, pruned_copy
@@ -127,6 +128,11 @@ def _check_arguments(model: TransformerBridge, fold: str, mean_data: Any) -> Non
         raise ValueError(
             "this bridge's weights were processed (enable_compatibility_mode folds and centres "
             "them), so there is no plain model to cut. Load the model again without processing."
+        )
+    if attached(model) or foreign_hooks(model):
+        raise ValueError(
+            "edits or hooks are in place on this model, which a smaller copy of it would lack. "
+            "Prune outside their block, or remove them."
         )
 
 

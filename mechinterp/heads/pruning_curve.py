@@ -13,19 +13,26 @@ import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp._progress import progress
-from mechinterp.causal.ablation import MetricSpec, StandIns, ablation_cells, stand_ins
+from mechinterp.causal.ablation import (
+    MetricSpec,
+    StandIns,
+    ablation_cells,
+    captured_stand_ins,
+    stand_ins,
+)
 from mechinterp.causal.grid import check_option, prompt_labels
 from mechinterp.causal.parts import Part, every_part
 from mechinterp.engine import Plan, plan
-from mechinterp.engine.calls import MEASURED, Memory, check_answers, metrics_of_cells
+from mechinterp.engine.calls import Memory, check_answers, metrics_of_cells
 from mechinterp.engine.cells import Cell
-from mechinterp.heads.importance import METHODS, head_importance
+from mechinterp.engine.runs import run_of
+from mechinterp.heads.held_out import held_out
+from mechinterp.heads.importance import METHODS, check_slope, head_importance
 from mechinterp.heads.pruning_curve_result import PruningCurve
 from mechinterp.hooks import HookManager
-from mechinterp.metrics import resolve_metrics
+from mechinterp.metrics import is_worse, resolve_metrics
 from mechinterp.nulls import Head
-from mechinterp.record import Data, convention_of, digest
-from mechinterp.tasks import as_data
+from mechinterp.record import Data, convention_of, digest, source_of
 
 RESCORED = ("ablation", "gradient")  # methods cheap enough to ask again at every step
 
@@ -59,7 +66,8 @@ def pruning_curve(
             ``"ablation"`` and ``"gradient"``; the other methods score once.
         min_heads_per_layer: Stop where each layer has no more than so many heads.
         evaluate_on: What tells how good the model still is: other data of the same kind. By
-            default ``data`` is cut in two halves, the first of which ranks.
+            default half of ``data`` judges: the second of a text, of other data every other
+            prompt, evenly over labels.
         kind: What takes a pruned head's place, as in ``mi.head_ablation``.
         reference: Where means and resamples come from; what ranks by default.
         metric: What is measured, one or a mapping of several, the first of which ranks.
@@ -79,10 +87,15 @@ def pruning_curve(
         check_option("method", each, METHODS)
     if len(set(methods)) < len(methods) or not methods:
         raise ValueError("method must name at least one method, and each once.")
-    ranking, judging = _both(data, evaluate_on)
+    ranking, judging = held_out(data, evaluate_on, 0.5, "pruning_curve")
     check_answers(model, ranking)
     check_answers(model, judging)
     metrics = resolve_metrics(metric, ranking.metric)
+    first = dict(list(metrics.items())[:1])
+    if "gradient" in methods:
+        check_slope(first)
+    if kind == "corrupted":
+        run_of(judging, "corrupted")  # raises where there is none
     every = every_part(model, "z")
     counts = _counts(every, steps, min_heads_per_layer)
     if draws < 1:
@@ -90,11 +103,8 @@ def pruning_curve(
     layers = sorted({part.layer for part in every})
     drawn_on = ranking if kind in ("mean", "position_mean", "resample") else None
     source = reference if reference is not None else drawn_on
-    values = stand_ins(model, ranking, kind, source, "z", layers, seed)
-    first = dict(list(metrics.items())[:1])
-    told = {"kind": kind, "reference": reference, "metric": first, "seed": seed}
-    if kind == "corrupted":
-        told["reference"] = None
+    values = captured_stand_ins(model, ranking, kind, source, "z", layers, seed)
+    told = {"kind": kind, "reference": values, "metric": first, "seed": seed}
     orders: dict[str, list[Part]] = {}
     for each in methods:
         ask = {**told, **dict(options or {}), "memory": memory}
@@ -125,6 +135,8 @@ def pruning_curve(
         "rescored": [each for each in methods if rescore and each in RESCORED],
         "min_heads_per_layer": min_heads_per_layer,
         "ranked_on": {"name": ranking.name, "sha256": digest(ranking)},
+        "reference": None if source is None else source_of(model, source),
+        "worse": [name for name, each in metrics.items() if is_worse(name, each)],
         "draws": draws,
         "options": dict(options or {}),
         "path": found.path,
@@ -161,29 +173,12 @@ def pruning_plan(
     The other methods cost less: a gradient is two or three runs of the data at each step. The
     arguments are those of ``mi.pruning_curve``; without ``evaluate_on`` half of ``data`` ranks.
     """
-    ranking, _ = _both(data, None)
+    ranking, _ = held_out(data, None, 0.5, "pruning_plan")
     every = every_part(model, "z")
     counts = _counts(every, steps, min_heads_per_layer)
     cells = ablation_cells(model, ranking)
     asked = [cells[count:] for count in (counts[:-1] if rescore else counts[:1])]
     return plan(model, ranking, [cell for step in asked for cell in step], memory=memory)
-
-
-def _both(data: Any, evaluate_on: Any) -> tuple[Data, Data]:
-    """Return what ranks the heads and what judges the rest."""
-    ranking: Any = as_data(data, MEASURED, "pruning_curve")
-    if evaluate_on is not None:
-        judging: Any = as_data(evaluate_on, (type(ranking),), "pruning_curve(evaluate_on=)")
-        if digest(judging) == digest(ranking):
-            raise ValueError(
-                "evaluate_on is the data that ranks the heads, so the curve would flatter the "
-                "methods that look at it. Give other prompts, or leave it out to halve data."
-            )
-        return ranking, judging
-    if len(ranking) < 2:
-        raise ValueError("one prompt cannot be halved. Give more, or evaluate_on=.")
-    half = len(ranking) // 2
-    return ranking[:half], ranking[half:]
 
 
 def _counts(every: Sequence[Part], steps: int, least: int) -> list[int]:

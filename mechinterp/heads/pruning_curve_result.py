@@ -12,8 +12,6 @@ from mechinterp import inference, plotting, stats
 from mechinterp.nulls import Head
 from mechinterp.results import Result
 
-_WORSE = ("loss", "kl", "rank")
-
 
 @dataclass(frozen=True, eq=False)
 class PruningCurve(Result):
@@ -63,7 +61,8 @@ class PruningCurve(Result):
         orders, positive where the method is better), ``low`` and ``high`` (95 % bootstrap
         interval over prompts), ``p`` (sign flips of prompts, two-sided), ``p_draws`` (share of
         random orders that are at least as good, plus one in each), ``below`` (steps at which
-        the method is significantly worse at 0.05, max-T over steps).
+        the method is significantly worse at 0.05, max-T over steps; where no head is left all
+        orders are one, so that step is left out).
         """
         value = self.of_metric(self.data["value"], metric)
         random = self.of_metric(self.data["random"], metric)
@@ -74,11 +73,12 @@ class PruningCurve(Result):
             own = self._area(value.sel(ranked_by=method))
             gain = inference.per_case(sign * (own - chance.mean("draw"))).values
             step = sign * (value.sel(ranked_by=method) - random.mean("draw"))
-            step = inference.per_case(step.isel(removed=slice(1, None)))
+            all_gone = self.convention.settings.get("min_heads_per_layer") == 0
+            step = inference.per_case(step.isel(removed=slice(1, -1 if all_gone else None)))
             low, high = (ends[0] for ends in stats.bootstrap_interval(gain[None]))
             as_good = sign * (chance.mean("prompt") - own.mean("prompt")) >= 0
             at = inference.per_prompt(step)
-            p = stats.max_t(at, None, n_flips, seed)
+            p = stats.max_t(at, None, n_flips, seed) if len(at) else np.ones(0)
             rows.append(
                 {
                     "method": method,
@@ -181,7 +181,8 @@ class PruningCurve(Result):
         return ax
 
     def _sign(self, metric: str | None) -> float:
-        return -1.0 if (metric or next(iter(self.convention.metrics))) in _WORSE else 1.0
+        name = metric or next(iter(self.convention.metrics))
+        return -1.0 if name in self.convention.settings["worse"] else 1.0
 
     def _area(self, value: xr.DataArray) -> xr.DataArray:
         x = self.data["removed"].values.astype(float)

@@ -26,7 +26,7 @@ from mechinterp.models import fingerprint, is_causal
 from mechinterp.names import unknown
 from mechinterp.nulls import Head
 from mechinterp.record import Data, convention_of
-from mechinterp.sites import n_heads, resolve_heads, site_layers
+from mechinterp.sites import key_heads, n_heads, resolve_heads, site_layers
 from mechinterp.tasks import Labelled, Prompts, Task, Text, as_data
 
 QUERIES = 512
@@ -242,11 +242,7 @@ def _checked(model: TransformerBridge, pair: Pair) -> Pair:
 
 def _shared(model: TransformerBridge, heads: Sequence[Head]) -> Bool[np.ndarray, "head head"]:
     """Return which heads have their keys and values in common."""
-    group = {
-        layer: n_heads(model, "z", layer) // n_heads(model, "k", layer)
-        for layer in dict.fromkeys(layer for layer, _ in heads)
-    }
-    kv = [(layer, head // group[layer]) for layer, head in heads]
+    kv = [(layer, key_heads(model, layer)[head]) for layer, head in heads]
     return np.array([[a == b for b in kv] for a in kv])
 
 

@@ -10,6 +10,16 @@ from transformer_lens.model_bridge import TransformerBridge
 from mechinterp.models import forward
 from mechinterp.tasks.prompts import Prompts
 
+_LOGITS = 100_000_000  # held at once
+
+
+def rows_at_once(model: TransformerBridge, width: int, most: int) -> int:
+    """Return how many prompts of ``width`` tokens to run at once: ``most``, or fewer.
+
+    Fewer where the logits of all their positions would be more than 100 million numbers.
+    """
+    return max(1, min(most, _LOGITS // (width * model.cfg.d_vocab)))
+
 
 def answer_logits(
     logits: Float[Tensor, "prompt pos d_vocab"], positions: Sequence[int]
@@ -33,10 +43,11 @@ def logits_at(
     *,
     batch_size: int = 64,
 ) -> Float[Tensor, "prompt d_vocab"]:
-    """Return the logits at one position per prompt, ``batch_size`` at once."""
+    """Return the logits at one position per prompt, at most ``batch_size`` at once."""
     parts = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
+    step = rows_at_once(model, prompts.tokens.shape[1], batch_size)
+    for start in range(0, len(prompts), step):
+        batch = prompts[start : start + step]
         logits = forward(model, batch.tokens, batch.mask)
-        parts.append(answer_logits(logits, positions[start : start + batch_size]))
+        parts.append(answer_logits(logits, positions[start : start + step]))
     return torch.cat(parts)

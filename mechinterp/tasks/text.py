@@ -18,8 +18,7 @@ from mechinterp.metrics import Targets
 from mechinterp.models import forward, is_causal
 from mechinterp.names import unknown
 from mechinterp.tasks.prompts import Prompts, as_prompts, choose, encode, pad
-
-_LOGITS = 100_000_000  # held at once by a loss
+from mechinterp.tasks.run import rows_at_once
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -105,8 +104,7 @@ class Text:
                 "sides of a token. Use a causal language model."
             )
         values = np.full(self.prompts.tokens.shape, np.nan)
-        most = _LOGITS // (self.prompts.tokens.shape[1] * model.cfg.d_vocab)
-        at_once = max(1, min(batch_size, most))
+        at_once = rows_at_once(model, self.prompts.tokens.shape[1], batch_size)
         for start in range(0, len(self), at_once):
             batch = self.prompts[start : start + at_once]
             logits = forward(model, batch.tokens, batch.mask)

@@ -134,6 +134,8 @@ def become(attention: Any, holder: Any, heads: LayerHeads, output: str | None) -
     holder._buffers.pop("kv_index", None)
     if indexed:
         device = next(holder.parameters()).device
+        if device.type == "meta":  # a stored model's weights come later, and on the CPU
+            device = torch.device("cpu")
         index = torch.tensor(heads.reads, device=device)
         holder.register_buffer("kv_index", index, persistent=False)
     sizes = dict.fromkeys(("num_heads", "num_attention_heads", "n_heads"), n_heads)
