@@ -127,6 +127,14 @@ def test_a_misspelt_name_is_answered_with_the_near_ones(name):
         mi.load_model(name)
 
 
+@pytest.mark.parametrize("name", ["smollm2-135m", "minilm"])
+def test_a_model_that_was_not_fetched_says_how_to_fetch_it(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("MECHINTERP_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(ConnectionError, match=rf"'{name}' was not fetched.*fetch_models\.py"):
+        mi.load_model(name)
+
+
 def test_without_a_network_a_hub_name_says_how_to_work_offline():
     with pytest.raises(ConnectionError, match=r"work offline.*local folder.*HF_HUB_OFFLINE=1"):
         mi.load_model("no-such-company/no-such-model")

@@ -95,7 +95,7 @@ def load_model(
     )
     place = _local(source)
     if place is None:
-        return from_hub(FETCHED[str(source)][1] if source in FETCHED else str(source), how)
+        return _not_fetched(str(source), how) if source in FETCHED else from_hub(str(source), how)
     if revision is not None:
         raise ValueError(
             f"revision={revision!r} applies to the hub, but {place} is on this disk."
@@ -104,6 +104,16 @@ def load_model(
     name = there.name if place.is_dir() else there.stem  # a folder's name may have dots
     name = str(source) if source in _NAMED else name
     return (from_folder if place.is_dir() else from_gguf)(place, name, how)
+
+
+def _not_fetched(name: str, how: Reading) -> TransformerBridge:
+    try:
+        return from_hub(FETCHED[name][1], how)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{name!r} was not fetched yet: `python scripts/fetch_models.py` brings it with no "
+            f"model hub. From the hub, {error}"
+        ) from error
 
 
 def _from_module(
