@@ -95,7 +95,9 @@ def load_model(
     )
     place = _local(source)
     if place is None:
-        return _not_fetched(str(source), how) if source in FETCHED else from_hub(str(source), how)
+        return (
+            _not_fetched(str(source), how) if source in FETCHED else from_hub(str(source), how)
+        )
     if revision is not None:
         raise ValueError(
             f"revision={revision!r} applies to the hub, but {place} is on this disk."
