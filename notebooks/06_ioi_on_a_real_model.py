@@ -108,8 +108,8 @@ print("corrupted\n", attention(kept.corrupted, writers).to_string())
 
 # %% [markdown]
 # Name movers are there: 23.0, 23.1 and 23.2 look at the indirect object and raise what they
-# look at; in the corrupted run 23.0 and 23.1 look at all three names alike. But the head that
-# matters most is none of the paper's kinds: 23.3 looks at the *subject* and lowers it. More
+# look at; in the corrupted run they look at all three names alike. But the head that matters
+# most is none of the paper's kinds: 23.3 looks at the *subject* and lowers it. More
 # than half of the logit difference is a wrong name pushed down, not the right one copied.
 # 24.4 is what the paper calls a negative name mover: it lowers the right name, and works
 # against the task. The heads of the last layer look at no name at all, about half at the last
@@ -182,7 +182,7 @@ plt.show()
 
 # %% [markdown]
 # 17.4 is an induction head: from the second mention of the subject it looks at what followed
-# the first, and in the corrupted run, where nothing is repeated, it rests on the first token.
+# the first; in the corrupted run, where nothing is repeated, it does not.
 # So the chain is the paper's: a head sees the repetition, 20.0 carries that from the second
 # mention to the end, and there it turns the queries of the heads that write. A
 # duplicate-token head is there as well, 5.6, and small.
@@ -216,11 +216,12 @@ print(f"without the heads found {left[0]:.2f}, with nothing but them {left[1]:.2
 print(f"without random ones {left[2:].min():.2f} to {left[2:].max():.2f}")
 
 # %% [markdown]
-# Seven of 270 heads: with their corrupted values the model prefers the wrong name, while
-# other heads of the same layers change next to nothing. Random sets are the bar that a
-# circuit has to clear. But with *only* these seven in the clean run's state, not half of the
-# difference is there. They are needed, and not enough: there are others behind them (19.2,
-# 8.1, 15.7 and 23.7 among them) that a search with more prompts would add.
+# Seven of 270 heads (the two that work against the task left out): with their corrupted values
+# the model prefers the wrong name, while no random set costs more than a fifth of a nat, and one
+# adds most of a nat. Random sets are the bar that a circuit has to clear. But with *only* these
+# seven in the clean run's state, less than half of the difference is there. They are needed,
+# and not enough: behind them are others (19.2, 8.1 and 15.7 among them) that a search with more
+# prompts would add.
 #
 # ## What would have changed the answer
 #

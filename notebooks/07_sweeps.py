@@ -144,7 +144,9 @@ resumed.sql(
 )
 
 # %% [markdown]
-# PROSE
+# Another stand-in is another question. Zeros take away all that a head does, and 0.6 and 0.5
+# matter most. The corrupted run's output takes away only what differs between the runs: 0.3 and
+# 0.1, which notebook 01 found by patching.
 #
 # ## A larger grid
 #
@@ -181,7 +183,8 @@ ax.set(xlabel="effect without a head (nats)", ylabel="the same, weights rounded"
 plt.show()
 
 # %% [markdown]
-# PROSE
+# No number is the same, and no conclusion another: of effects up to nine nats, single prompts
+# moved by 0.27 at most, and the means by head stay on the diagonal.
 #
 # ## To show it
 #
