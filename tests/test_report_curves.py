@@ -11,6 +11,7 @@ from test_report import numbers, of_kind
 
 import mechinterp as mi
 
+UNITS = {"logit_diff": "nats of log-odds", "accuracy": "share right"}
 STORED = Path(__file__).parents[1] / "scripts" / "results"
 
 
@@ -35,7 +36,10 @@ def expected(kind: str, found: mi.Result) -> dict[tuple[str, str], np.ndarray]:
     if kind == "pruning":
         value = data["value"].mean("prompt")
         methods = data["ranked_by"].values.tolist()
-        charts = {"logit_diff": "logit_diff (nats of log-odds)", "accuracy": "accuracy (share right)"}
+        charts = {
+            "logit_diff": "logit_diff (nats of log-odds)",
+            "accuracy": "accuracy (share right)",
+        }
         return {
             (said, method.replace("_", " ")): value.sel(metric=metric, ranked_by=method).values
             for metric, said in charts.items()
