@@ -291,6 +291,7 @@ def test_redundant_heads_go_first_by_the_atlas():
         ({"heads": [(0, 1), (0, 1)]}, "each once"),
         ({"heads": [(0, 9)]}, "layer 0 has heads 0..3"),
         ({"method": "shapley", "orders": 3}, "must be even"),
+        ({"method": "random", "normalize_layers": True}, "gives places in an order"),
         ({"method": "shapley", "orders": 2}, "at least 4"),
         ({"metric": {"loss": "loss", "accuracy": "accuracy"}}, "by one metric"),
         ({"steps": 0}, "must be at least 1"),

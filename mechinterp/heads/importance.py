@@ -104,6 +104,11 @@ def head_importance(
     metrics = resolve_metrics(metric, measured.metric)
     if len(metrics) > 1:
         raise ValueError("importance is by one metric. Pass one.")
+    if normalize_layers and method in ("redundancy", "random"):
+        raise ValueError(
+            f"normalize_layers=True divides sizes, but {method!r} gives places in an order. "
+            "Leave it out."
+        )
     if method == "gradient":
         check_slope(metrics)
     if orders < 4 or orders % 2:
