@@ -16,7 +16,8 @@ class Cost:
     ``flops_per_token`` counts a multiplication and an addition as two: twice the weights that
     the token passes (embeddings are looked up, not multiplied; the unembedding is), and
     ``4 * n_heads * d_head`` for every key that a layer's queries look at, up to its sliding
-    window. Norms, activations and the softmax are left out.
+    window. Norms, activations and the softmax are left out, and what runs once per prompt, such
+    as a classifier's pooler.
 
     Attributes:
         context: How many tokens attention looks at, the token itself included.

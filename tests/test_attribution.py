@@ -370,6 +370,11 @@ def test_a_result_says_how_it_was_made_draws_itself_and_survives_a_file(tmp_path
     assert label == "size of the effect on logit_diff by atp* (nats of log-odds)"
     line = mi.attribution_patching(model, task, "resid_pre", positions="all").plot()
     assert line.get_title(loc="left").startswith("resid_pre · denoising")
+    each = mi.attribution_patching(model, task, "resid_pre", positions="each")
+    part = each.plot(start=1, stop=3)
+    assert len(part.get_xticklabels()) == 2 < each.data.sizes["position"]
+    with pytest.raises(ValueError, match="no position lies between start=40"):
+        each.plot(start=40)
 
 
 @pytest.mark.parametrize("how", ALL)

@@ -33,7 +33,48 @@ def test_prune_shows_a_curve_and_saves_the_smaller_model(tmp_path, capsys):
 
 def test_a_dry_run_says_what_it_would_cost(capsys):
     assert run("prune", "embedded", BOOK, *FEW, "--dry-run") == 0
-    assert "80 cells" in capsys.readouterr().out  # 32 + 24 + 16 + 8
+    # The gradient at four steps, there and back; then the method and two random orders.
+    assert f"{3 * 4 + 3 * 4} cells" in capsys.readouterr().out
+
+
+def test_neurons_go_with_the_heads(tmp_path, capsys):
+    asked = ("--share", "0.1", "--neurons", "0.3,0.4,2.7", "--out", str(tmp_path / "smaller"))
+    assert run("prune", "embedded", BOOK, *FEW, "--method", "random", *asked) == 0
+    assert "3 of 32 heads and 3 neurons cut out, by random" in capsys.readouterr().out
+    assert mi.pruning_of(mi.load_model(tmp_path / "smaller")).neurons == {0: (3, 4), 2: (7,)}
+
+
+def test_what_judges_neither_gives_means_nor_heals(monkeypatch, capsys):
+    """Half of the text ranks; the other half is in no call but as what judges."""
+    seen: dict[str, list] = {}
+
+    def heal(model, data, *, evaluate_on, **_):
+        seen["heal"] = [data, evaluate_on]
+        raise SystemExit(0)
+
+    def prune_heads(model, heads, *, fold, mean_data):
+        seen["mean"] = [mean_data]
+        return model
+
+    monkeypatch.setattr(mi, "heal", heal)
+    monkeypatch.setattr(mi, "prune_heads", prune_heads)
+    asked = ("--share", "0.1", "--method", "random", "--fold", "mean", "--heal", "2")
+    run("prune", "embedded", BOOK, *FEW, *asked)
+    training, judging = seen["heal"]
+    assert seen["mean"][0] is training
+    own = {tuple(row) for row in training.prompts.rows}
+    assert len(training) == len(judging) == 3
+    assert not own & {tuple(row) for row in judging.prompts.rows}
+
+
+def test_a_folder_of_other_things_is_refused_before_the_model_is_loaded(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "thesis.tex").write_text("dear")
+    monkeypatch.setattr(mi, "load_model", lambda _: pytest.fail("too late"))
+    asked = ("--share", "0.5", "--out", str(tmp_path))
+    assert run("prune", "embedded", BOOK, *FEW, *asked) == 2
+    assert "not part of a model (thesis.tex)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -46,6 +87,11 @@ def test_a_dry_run_says_what_it_would_cost(capsys):
         (("--share", "0.5", "--out", BOOK), "is a file"),
         (("--curve", "curve.png"), "must end in .nc"),
         (("--fold", "means"), "Did you mean 'mean'"),
+        (("--fold", "resample"), "There are: "),
+        (("--share", "0.9", "--min-heads", "2"), "at most 24 can go"),
+        (("--share", "0.99"), "at most 31 can go"),
+        (("--share", "0.5", "--neurons", "3"), "Pass 3.1,3.2"),
+        (("--neurons", "3.1"), "Pass --share, too"),
     ],
 )
 def test_wrong_arguments_are_one_clear_line(arguments, says, capsys):

@@ -533,3 +533,16 @@ def test_nothing_asked_for_is_an_error():
         manager.capture(zoo.tokens(), [])
     with pytest.raises(ValueError, match="no edits"), manager.edit():
         pass
+
+
+def test_capturing_and_averaging_compute_no_logits(monkeypatch):
+    """With a vocabulary of 256,000 they would be larger than all the rest."""
+    model = zoo.zoo("gpt2")
+    unembed = model.unembed.original_component
+    monkeypatch.setattr(unembed, "forward", lambda *_: pytest.fail("logits were computed"))
+    manager = HookManager(model)
+    for site in ("embed", "pattern", "resid_post"):
+        manager.capture(zoo.tokens(2, 5), site)
+        manager.mean(zoo.tokens(2, 5), site)
+    with pytest.raises(pytest.fail.Exception, match="logits were"):
+        manager.capture(zoo.tokens(2, 5), "z", gradient_of=lambda logits, _: logits.sum(-1))

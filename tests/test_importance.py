@@ -76,7 +76,7 @@ def test_the_three_gradients_are_what_a_gate_on_each_head_says(family, unit):
     if unit == "example":
         want = np.mean([np.abs(one.sum(0)) for one in each], axis=0)
     elif unit == "token":
-        want = np.mean([np.abs(one).mean(0) for one in each], axis=0)
+        want = np.concatenate([np.abs(one) for one in each]).mean(0)  # of all tokens
     else:
         sums = np.stack([one.sum(0) for one in each])
         parts = [sums[i : i + 2] for i in range(0, len(sums), 2)]
@@ -139,7 +139,7 @@ def test_the_order_begins_with_the_least_important():
 def test_shapley_values_of_a_redundant_pair_are_half_of_what_the_two_are_worth():
     model = known("redundant_pair", "multi_head", "learned")
     pair, task = model.circuit["previous_token"], model.task(6)
-    alone = mi.head_importance(model.model, task, method="shapley", orders=2, heads=pair)
+    alone = mi.head_importance(model.model, task, method="shapley", orders=4, heads=pair)
     assert alone.effect.mean("prompt").values.flatten() == pytest.approx([5.0, 5.0])
     result = mi.head_importance(model.model, task, method="shapley", orders=4)
     mean = result.effect.mean("prompt")
@@ -177,6 +177,21 @@ def test_sampled_shapley_values_meet_the_enumeration_of_all_orders():
     total = sum(float(mean.sel({"layer": a, "head": b})) for a, b in heads)
     gap = value[frozenset()] - value[frozenset(heads)]
     assert total == pytest.approx(gap, abs=1e-5)
+
+
+def test_intervals_of_shapley_values_include_the_error_of_few_orders():
+    """With four orders two halves of the sampling differ by more than prompts alone say."""
+    model = zoo.zoo("native")
+    result = mi.head_importance(model, task(model), method="shapley", orders=4, seed=1)
+    with pytest.warns(mi.FewPromptsWarning):
+        table = result.statistics()
+    with pytest.warns(mi.FewPromptsWarning):
+        alone = mi.Result.statistics(result)
+    sampling = 12.7062 * result.data["error"]  # Student's t with one degree of freedom
+    for side in ("low", "high"):
+        expected = np.hypot(alone[side] - alone["effect"], sampling)
+        np.testing.assert_allclose(abs(table[side] - table["effect"]), expected, rtol=1e-5)
+    assert "over 2 pairs of orders" in table.attrs["interval"]
 
 
 # ------------------------------------------------------------------------------- gates
@@ -276,6 +291,8 @@ def test_redundant_heads_go_first_by_the_atlas():
         ({"heads": [(0, 1), (0, 1)]}, "each once"),
         ({"heads": [(0, 9)]}, "layer 0 has heads 0..3"),
         ({"method": "shapley", "orders": 3}, "must be even"),
+        ({"method": "random", "normalize_layers": True}, "gives places in an order"),
+        ({"method": "shapley", "orders": 2}, "at least 4"),
         ({"metric": {"loss": "loss", "accuracy": "accuracy"}}, "by one metric"),
         ({"steps": 0}, "must be at least 1"),
         ({"method": "gradient", "metric": "rank"}, "rank moves in steps"),

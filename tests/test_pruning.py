@@ -66,13 +66,27 @@ def splits_groups(name: str, heads: Any) -> bool:
     return name == "falcon_grouped" and {0, 1} in pairs
 
 
+HEADS = st.sets(st.sampled_from(EVERY_HEAD), min_size=1, max_size=11)
+FOLD = st.sampled_from(["zero", "mean"])
+PATIENT = [HealthCheck.too_slow]
+
+
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=2, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    heads=st.sets(st.sampled_from(EVERY_HEAD), min_size=1, max_size=11),
-    fold=st.sampled_from(["zero", "mean"]),
-)
+@settings(max_examples=2, suppress_health_check=PATIENT)
+@given(heads=HEADS, fold=FOLD)
 def test_a_pruned_model_gives_the_logits_of_the_masked_one(name, heads, fold):
+    assert_pruned_is_masked(name, heads, fold)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=15, suppress_health_check=PATIENT)
+@given(heads=HEADS, fold=FOLD)
+def test_many_pruned_models_give_the_logits_of_the_masked_ones(name, heads, fold):
+    assert_pruned_is_masked(name, heads, fold)
+
+
+def assert_pruned_is_masked(name, heads, fold):
     model = model_of(name)
     before = mi.fingerprint(model)
     if splits_groups(name, heads):

@@ -1,6 +1,7 @@
 """Pruning curves: what is left as heads go, on data that did not rank them."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from known import known
 from zoo import tokens
 
 import mechinterp as mi
+from mechinterp.causal import ablation
+from mechinterp.heads import pruning_curve
 from mechinterp.heads.held_out import held_out
 from mechinterp.hooks import HookManager
 
@@ -252,9 +255,38 @@ def test_the_picture_names_each_method(curve):
 
 
 def test_a_plan_comes_before_the_curve(model):
-    plan = mi.pruning_plan(model, text(model), steps=4)
-    assert plan.cells == 12 + 9 + 6 + 3
-    assert mi.pruning_plan(model, text(model), steps=4, rescore=False).cells == 12
+    told: dict[str, Any] = {"method": "ablation", "steps": 4, "draws": 2}
+    judged = 4 * (1 + 2)
+    plan = mi.pruning_plan(model, text(model), **told)
+    assert plan.cells == 12 + 9 + 6 + 3 + judged
+    assert mi.pruning_plan(model, text(model), rescore=False, **told).cells == 12 + judged
+    chance = mi.pruning_plan(model, text(model), method="random", steps=4, draws=2)
+    assert chance.cells == judged and chance.seconds < plan.seconds
+    several = mi.pruning_plan(
+        model,
+        text(model),
+        method=["shapley", "gradient"],
+        steps=4,
+        draws=2,
+        options={"orders": 4},
+    )
+    assert several.cells == 4 * 12 + 3 * 4 + 4 * (2 + 2)
+
+
+def test_a_plan_counts_the_cells_that_the_curve_runs(model, monkeypatch):
+    ran = []
+    for module in (pruning_curve, ablation):
+        run = module.metrics_of_cells
+        monkeypatch.setattr(
+            module,
+            "metrics_of_cells",
+            lambda model, data, cells, run=run, **told: (
+                ran.append(len(cells)) or run(model, data, cells, **told)
+            ),
+        )
+    told: dict[str, Any] = {"method": ["ablation", "random"], "steps": 3, "draws": 2}
+    mi.pruning_curve(model, text(model), **told)
+    assert sum(ran) == mi.pruning_plan(model, text(model), **told).cells
 
 
 # --------------------------------------------------------------------------- bad input

@@ -473,6 +473,8 @@ def test_an_atlas_with_interactions_comes_back_from_its_file_and_tabulates(tmp_p
         ({"task": "task", "pairs": [((0, 0), (0, 9))]}, "layer 0 has heads 0..3"),
         ({"task": "task", "pairs": [((0, 0), (7, 1))]}, "layer 7"),
         ({"task": "task", "pairs": [((0, 0), (0, 0))]}, "is one head"),
+        ({"task": "task", "pairs": [((0, 0), (1, 1)), ((1, 1), (0, 0))]}, "is named twice"),
+        ({"task": "text", "kind": "corrupted"}, "has no corrupted run"),
         ({"task": "task", "flag": 0}, "flag=0 flags nothing"),
     ],
 )
@@ -481,8 +483,10 @@ def test_wrong_arguments_are_said_before_anything_runs(arguments, says, monkeypa
 
     model = model_of("gpt2")
     monkeypatch.setattr(redundancy, "watch", lambda *_: pytest.fail("it ran"))
+    words = mi.Text.from_tokens(model, tokens(2, 8))
+    named = {"task": pair_task(model), "text": words}
     given: dict[str, Any] = {
-        k: pair_task(model) if v == "task" else v for k, v in arguments.items()
+        k: named.get(v, v) if isinstance(v, str) else v for k, v in arguments.items()
     }
     with pytest.raises(ValueError) as error:
         mi.redundancy_atlas(model, prompts(), **given)

@@ -34,17 +34,30 @@ class AttributionResult(Result):
         """Whether scores have a sign. Those averaged over dropped layers are sizes."""
         return bool(self.convention.settings["signed"])
 
-    def plot(self, ax: Axes | None = None, *, metric: str | None = None) -> Axes:
+    def plot(
+        self,
+        ax: Axes | None = None,
+        *,
+        metric: str | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Axes:
         """Draw the mean estimate: a grid over two axes, a line or points over one.
 
         A sweep over layers, heads and positions shows the heads with the largest estimates.
-        ``metric`` is which of several (default: the first).
+        ``metric`` is which of several (default: the first). ``start`` and ``stop`` are the
+        first of the positions that is shown and the one after the last, to look at a part of a
+        long prompt; the correction is for all cells, shown or not.
+
+        Raises:
+            ValueError: There are no positions, or none of them lies there.
         """
         return draw(
             self.of_metric(self.effect, metric),
             self.convention,
             label=self._label(metric),
             signed=self.signed,
+            shown=slice(start, stop),
             ax=ax,
         )
 

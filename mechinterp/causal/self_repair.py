@@ -19,11 +19,9 @@ from mechinterp._progress import progress
 from mechinterp.causal.ablation import captured_stand_ins
 from mechinterp.causal.parts import Part, sets_of
 from mechinterp.causal.self_repair_result import SelfRepair
-from mechinterp.engine.calls import Memory, metrics_of_cells
-from mechinterp.engine.cells import Cell
+from mechinterp.engine.calls import Memory
 from mechinterp.hooks import HookManager
 from mechinterp.lens.attribution import direct_logit_attribution
-from mechinterp.metrics import METRICS
 from mechinterp.record import convention_of
 from mechinterp.tasks import Task, as_data
 
@@ -45,7 +43,7 @@ def self_repair(
     Args:
         model: Left as it was; raw weights of any norm, grouped queries and all.
         data: A ``Task``; what is split is the logit difference of its clean prompts (the
-            answer's logit, without distractors).
+            answer's logit, without distractors), under a soft-cap that before the cap.
         heads: As in ``mi.head_ablation``: a list of pairs (layer, head), each by itself, or of
             such lists, each a set; None for every head by itself.
         kind: As there.
@@ -64,14 +62,7 @@ def self_repair(
     intact = direct_logit_attribution(model, task, memory=memory)
     values = captured_stand_ins(model, task, kind, reference, "z", chosen.layers, seed)
     manager = HookManager(model)
-    capped = intact.convention.settings["attributed"] != "logits"
-    cells = [Cell(values.edits(one)) for one in chosen.sets]
-    total = None
-    if not capped:  # the shares are of what the metric reads
-        metrics = {name: METRICS[name]}
-        found = metrics_of_cells(model, task, cells, on="clean", metrics=metrics, memory=memory)
-        total = (found.values - found.runs["clean"])[..., 0].double().cpu().numpy()
-    changes, rescalings = [], []
+    changes, rescalings, totals = [], [], []
     labels = intact.data["component"].values.tolist()
     scaled = np.array(labels) != _LAST
     for one in progress(chosen.sets, len(chosen.sets), "ablating heads"):
@@ -82,17 +73,15 @@ def self_repair(
         held[:, scaled] *= (without.data["scale"] / intact.data["scale"]).values[:, None]
         changes.append(held - intact.data["share"].values)
         rescalings.append((share - held).sum(1))
+        totals.append((without.data["attributed"] - intact.data["attributed"]).values)
     change, rescaling = np.stack(changes, 1), np.stack(rescalings, 1)
     own = np.array([[label in named for label in labels] for named in map(_names, chosen.sets)])
     arrays = {
-        "total": (
-            ("prompt", "set"),
-            change.sum(-1) + rescaling if total is None else total.T,
-        ),
+        "total": (("prompt", "set"), np.stack(totals, 1)),
         "direct": (("prompt", "set"), np.where(own, change, 0.0).sum(-1)),
         "change": (("prompt", "set", "component"), np.where(own, np.nan, change)),
         "rescaling": (("prompt", "set"), rescaling),
-        "intact": ("prompt", intact.data["total"].values),
+        "intact": ("prompt", intact.data["attributed"].values),
     }
     coords = {
         name: intact.data[name]

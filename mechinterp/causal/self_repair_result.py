@@ -17,11 +17,12 @@ _MOST_BARS = 8
 class SelfRepair(Result):
     """The effect of taking heads out on the logit difference, split without rest.
 
-    Per ``prompt`` and ``set`` (what was taken out): ``data["total"]``, measured by the metric;
-    ``direct``, the change of the heads' own terms with the final norm at the scale it had;
-    ``change``, that of every other ``component``'s own term (NaN for the heads themselves);
-    ``rescaling``, what the final norm's new scale makes of it all. ``total = direct + sum of
-    change + rescaling``. ``intact`` is the logit difference of the whole model.
+    Per ``prompt`` and ``set`` (what was taken out): ``data["total"]``, read off the model's
+    logits (under a soft-cap before the cap); ``direct``, the change of the heads' own terms
+    with the final norm at the scale it had; ``change``, that of every other ``component``'s own
+    term (NaN for the heads themselves); ``rescaling``, what the final norm's new scale makes of
+    it all. ``total = direct + sum of change + rescaling``. ``intact`` is the logit difference
+    of the whole model.
     """
 
     @property

@@ -15,6 +15,7 @@ from mechinterp.cli.shared import (
     check_out,
     load_any,
     print_table,
+    read_units,
     show,
     store,
 )
@@ -48,6 +49,10 @@ def ablate(
     repair: Annotated[
         bool, typer.Option("--repair", help="Split the effect: who makes up for the heads?")
     ] = False,
+    screen: Annotated[
+        str | None,
+        typer.Option(help="bfloat16: look at all heads so first, then exactly at the largest."),
+    ] = None,
     context: Annotated[
         int | None, typer.Option(help="Tokens per piece of a .txt file.")
     ] = None,
@@ -65,6 +70,8 @@ def ablate(
         raise ValueError(unknown("kind of part", parts, tuple(_PARTS)))
     if repair and (parts != "heads" or metric is not None):
         raise ValueError("--repair splits the logit difference of heads. Leave the rest out.")
+    if screen is not None and (parts != "heads" or repair):
+        raise ValueError("--screen is for the effects of heads. Leave the rest out.")
     chosen = None if only is None else _read(only, parts)
 
     import mechinterp as mi
@@ -74,6 +81,8 @@ def ablate(
     options: dict[str, Any] = {"kind": kind, "seed": seed, "memory": memory}
     if reference is not None:
         options["reference"] = load_any(reference, loaded, None, seed, context)
+    if screen is not None:
+        options["screen"] = screen
     if not repair:
         found = getattr(mi, _PARTS[parts])(
             loaded, on, **{parts: chosen}, metric=metric, **options
@@ -99,10 +108,9 @@ def _read(text: str, parts: str) -> Any:
 
 
 def _part(name: str, parts: str) -> Any:
-    numbers = name.strip().removesuffix(".mlp" if parts == "mlps" else "").split(".")
-    wanted = 1 if parts == "mlps" else 2
-    if len(numbers) != wanted or not all(number.isdecimal() for number in numbers):
-        example = "3,5" if parts == "mlps" else "3.1,3.2"
-        raise ValueError(f"--only {name!r} names none of the {parts}. Pass {example}.")
-    found = tuple(map(int, numbers))
-    return found[0] if parts == "mlps" else found
+    if parts != "mlps":
+        return read_units(name, "--only")[0]
+    number = name.strip().removesuffix(".mlp")
+    if not number.isdecimal():
+        raise ValueError(f"--only {name!r} is no layer. Pass 3,5.")
+    return int(number)

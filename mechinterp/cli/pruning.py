@@ -16,8 +16,10 @@ from mechinterp.cli.shared import (
     load_any,
     print_table,
     read_names,
+    read_units,
     store,
 )
+from mechinterp.names import unknown
 
 
 @app.command()
@@ -37,10 +39,13 @@ def prune(
         ),
     ] = "gradient",
     share: Annotated[
-        float | None, typer.Option(help="Cut this share of the heads out, 0.2 for a fifth.")
+        float | None, typer.Option(help="Cut this share of all heads out, 0.2 for a fifth.")
+    ] = None,
+    neurons: Annotated[
+        str | None, typer.Option(help="Cut these MLP neurons out as well: 3.17,3.20.")
     ] = None,
     fold: Annotated[
-        str, typer.Option(help="What a head's place keeps: zero, or the mean of DATA.")
+        str, typer.Option(help="What a head's place keeps: zero, or the mean of what ranks.")
     ] = "zero",
     heal: Annotated[int, typer.Option(help="Fine-tune for so many steps afterwards.")] = 0,
     steps: Annotated[int, typer.Option(help="Points of the curve.")] = 20,
@@ -57,7 +62,7 @@ def prune(
     ] = None,
     metric: MetricName = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what ranking by ablation costs, and stop.")
+        bool, typer.Option("--dry-run", help="Say what the curve costs, and stop.")
     ] = False,
     n: Prompts = None,
     seed: Seed = 0,
@@ -69,44 +74,51 @@ def prune(
     ] = None,
     memory: Memory = None,
 ) -> None:
-    """Rank MODEL's heads on DATA, show what is left as they go, and cut a share of them out."""
+    """Rank MODEL's heads on DATA, show what is left as they go, and cut a share of them out.
+
+    What ranks the heads gives their means and heals the model; what judges does neither.
+    """
     check_out(curve)
     if share is not None and not 0 < share < 1:
         raise ValueError(f"--share {share} must lie between 0 and 1.")
     if out is not None and share is None:
         raise ValueError("--out saves the smaller model, so say how much goes: --share 0.2.")
-    if out is not None and out.is_file():
-        raise ValueError(f"--out {out} is a file. Name a folder.")
     if heal < 0 or (heal and share is None):
         raise ValueError("--heal fine-tunes the smaller model, so say how much goes: --share.")
+    if neurons is not None and share is None:
+        raise ValueError("--neurons go together with a share of the heads. Pass --share, too.")
+    if fold not in ("zero", "mean"):
+        raise ValueError(unknown("fold", fold, ("zero", "mean")))
+    units = [] if neurons is None else read_units(neurons, "--neurons")
     asked = read_names(method)
     methods = [asked] if isinstance(asked, str) else asked
 
-    import mechinterp as mi
+    import pandas as pd
 
+    import mechinterp as mi
+    from mechinterp.heads.held_out import held_out
+    from mechinterp.models.save import check_replaceable
+
+    if out is not None:
+        check_replaceable(out)
     loaded = mi.load_model(model)
+    count, total = (0, 0) if share is None else _count(loaded, share, min_heads)
     on = load_any(data, loaded, n, seed, context)
-    judged = None if evaluate is None else load_any(evaluate, loaded, n, seed, context)
+    other = None if evaluate is None else load_any(evaluate, loaded, n, seed, context)
+    ranking, judging = held_out(on, other, 0.5, "prune")
+    told: dict[str, Any] = {
+        "method": methods,
+        "steps": steps,
+        "rescore": rescore,
+        "min_heads_per_layer": min_heads,
+        "evaluate_on": judging,
+        "draws": draws,
+        "memory": memory,
+    }
     if dry_run:
-        plan = mi.pruning_plan(
-            loaded, on, steps=steps, rescore=rescore, min_heads_per_layer=min_heads
-        )
-        typer.echo(plan)
+        typer.echo(mi.pruning_plan(loaded, ranking, **told))
         return
-    found = mi.pruning_curve(
-        loaded,
-        on,
-        method=methods,
-        steps=steps,
-        rescore=rescore,
-        min_heads_per_layer=min_heads,
-        evaluate_on=judged,
-        kind=fold,
-        metric=metric,
-        draws=draws,
-        seed=seed,
-        memory=memory,
-    )
+    found = mi.pruning_curve(loaded, ranking, kind=fold, metric=metric, seed=seed, **told)
     mean = found.data["value"].mean("prompt").transpose("removed", "ranked_by")
     table = mean.to_pandas().assign(random=found.data["random"].mean(("draw", "prompt")).values)
     name = next(iter(found.convention.metrics))
@@ -114,43 +126,43 @@ def prune(
     if found.data.sizes["prompt"] > 1:
         print_table("area against random orders (better: above 0)", found.against_random())
     store(found, curve)
-    if share is not None:
-        _cut(loaded, on, found, methods[0], share, fold, heal, seed, out)
-
-
-def _cut(
-    model: Any,
-    data: Any,
-    curve: Any,
-    method: str,
-    share: float,
-    fold: str,
-    heal: int,
-    seed: int,
-    out: Path | None,
-) -> None:
-    """Cut the heads that went first out of the model, heal and save it."""
-    import pandas as pd
-
-    import mechinterp as mi
-
-    total = int(curve.data["removed"].values[-1])
-    heads = curve.removed(method, max(1, round(share * total)))
-    means = data if fold == "mean" else None
-    smaller = mi.prune_heads(model, heads, fold=fold, mean_data=means)
-    parts: list[Any] = [curve]
-    costs = {"before": mi.cost(model), "after": mi.cost(smaller)}
+    if not count:
+        return
+    heads = found.removed(methods[0], count)
+    folded: dict[str, Any] = {"fold": fold, "mean_data": ranking if fold == "mean" else None}
+    smaller = mi.prune_heads(loaded, heads, **folded)
+    if units:
+        smaller = mi.prune_neurons(smaller, units, **folded)
+    costs = {"before": mi.cost(loaded), "after": mi.cost(smaller)}
     rows = [{"model": which, **_numbers(cost)} for which, cost in costs.items()]
-    print_table(f"{len(heads)} of {total} heads cut out, by {method}", pd.DataFrame(rows))
+    also = f" and {len(units)} neurons" if units else ""
+    title = f"{count} of {total} heads{also} cut out, by {methods[0]}"
+    print_table(title, pd.DataFrame(rows))
+    parts: list[Any] = [found]
     if heal:
-        healed = mi.heal(smaller, data, steps=heal, seed=seed)
+        healed = mi.heal(smaller, ranking, evaluate_on=judging, steps=heal, seed=seed)
         smaller = healed.model
         value = healed.curve.data["value"].mean("prompt")
-        name = next(iter(healed.curve.convention.metrics))
         typer.echo(f"Healed in {heal} steps: {name} {value[0]:.4g} -> {value[-1]:.4g}.")
         parts.append(healed.curve)
     if out is not None:
         typer.echo(f"Saved the smaller model in {mi.save_model(smaller, out, card=parts)}")
+
+
+def _count(model: Any, share: float, least: int) -> tuple[int, int]:
+    """Return how many heads a share of all is, if so many may go, and how many there are."""
+    from mechinterp.causal.parts import every_part
+
+    layers = [part.layer for part in every_part(model, "z")]
+    count = max(1, round(share * len(layers)))
+    removable = sum(max(0, layers.count(layer) - least) for layer in set(layers))
+    if count > removable or count == len(layers):
+        most = min(removable, len(layers) - 1)
+        raise ValueError(
+            f"--share {share} is {count} of {len(layers)} heads, but at most {most} can go: "
+            f"every layer keeps {least}, and one is left. Lower --share or --min-heads."
+        )
+    return count, len(layers)
 
 
 def _numbers(cost: Any) -> dict[str, Any]:

@@ -141,6 +141,17 @@ def read_names(text: str) -> str | list[str]:
     return parts[0] if len(parts) == 1 else parts
 
 
+def read_units(text: str, option: str) -> list[tuple[int, int]]:
+    """Read ``3.1,3.2``: heads or neurons by layer and number."""
+    found = []
+    for name in text.split(","):
+        numbers = name.strip().split(".")
+        if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+            raise ValueError(f"{option} {name!r} is no layer and number. Pass 3.1,3.2.")
+        found.append((int(numbers[0]), int(numbers[1])))
+    return found
+
+
 def read_positions(text: str) -> "PositionSpec":
     """Read ``each``, ``all``, ``end``, ``io,end``, ``-1``, ``3,5`` or ``2:6``."""
     parts = [part.strip() for part in text.split(",")]

@@ -6,7 +6,7 @@ blocks at the sizes of the sweep's passes.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -65,6 +65,17 @@ class Plan:
             f"path: {self.path}" + (f" ({self.why})" if self.why else ""),
         ]
         return "\n".join(lines)
+
+    def __add__(self, other: "Plan") -> "Plan":
+        """Return the plan of two sweeps, one after the other."""
+        slowest = max(self, other, key=lambda plan: ("fast", "layers", "full").index(plan.path))
+        sums = ("cells", "rows", "token_layers", "full_token_layers", "flop", "seconds")
+        return replace(
+            slowest,
+            **{name: getattr(self, name) + getattr(other, name) for name in (*sums, "passes")},
+            peak_bytes=max(self.peak_bytes, other.peak_bytes),
+            self_check=self.self_check or other.self_check,
+        )
 
     def _repr_html_(self) -> str:
         return "<pre>" + str(self) + "</pre>"

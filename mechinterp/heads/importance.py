@@ -57,14 +57,17 @@ def head_importance(
     - ``"ablation"``: what the metric loses when the head alone is taken out; exact.
     - ``"gradient"``: how fast the metric changes with a gate on the head (Michel et al. 2019,
       arXiv:1905.10650). ``unit`` says of what the size is taken before the mean: each
-      ``"example"`` (the paper's formula), each ``"token"`` (its code, here without dividing the
-      last layer by another number), or each ``"batch"`` (what libraries have offered; it
-      depends on ``batch_size``). The three differ.
+      ``"example"`` (the paper's formula), each ``"token"`` of all prompts (its code, here
+      without dividing the last layer by another number), or each ``"batch"`` (what libraries
+      have offered; it depends on ``batch_size``). The three differ.
     - ``"hard_concrete"``: the probability that the head's gate stays open when gates are
       trained (Voita et al. 2019, arXiv:1905.09418) on the loss plus ``penalty`` an open head.
     - ``"shapley"``: the mean loss over random orders of taking heads out, with the Monte-Carlo
-      standard error in ``data["error"]``. The values add up to what all heads are worth.
-    - ``"redundancy"``: place in ``RedundancyAtlas.pruning_order``, first is 0.
+      standard error in ``data["error"]``, which the intervals of ``statistics`` include. The
+      values add up to what all heads are worth (``settings["efficiency_gap"]`` is 0 but for
+      rounding, with however few orders).
+    - ``"redundancy"``: place in ``RedundancyAtlas.pruning_order``, first is 0; by likeness
+      alone, whatever ``kind`` and ``metric``.
     - ``"random"``: by chance.
 
     Args:
@@ -81,7 +84,8 @@ def head_importance(
         reference: Where means and resamples come from, as there.
         metric: What is lost, a name or function. Default: the data's own. Where more is worse
             (``loss``, ``kl``, ``rank``) the importance is its rise, else its fall.
-        orders: How many orders Shapley values sample; even, since they come in pairs.
+        orders: How many orders Shapley values sample; even and at least 4, since they come in
+            pairs and several tell the sampling error.
         penalty: Of the gates: nats that an open head must be worth.
         steps: Of the gates' training.
         batch_size: Prompts of a batch, of gradients and gates.
@@ -100,10 +104,18 @@ def head_importance(
     metrics = resolve_metrics(metric, measured.metric)
     if len(metrics) > 1:
         raise ValueError("importance is by one metric. Pass one.")
+    if normalize_layers and method in ("redundancy", "random"):
+        raise ValueError(
+            f"normalize_layers=True divides sizes, but {method!r} gives places in an order. "
+            "Leave it out."
+        )
     if method == "gradient":
         check_slope(metrics)
-    if orders < 2 or orders % 2:
-        raise ValueError(f"orders={orders} must be even, since orders come in pairs.")
+    if orders < 4 or orders % 2:
+        raise ValueError(
+            f"orders={orders} must be even and at least 4: orders come in pairs, and one pair "
+            "does not say how far its values are off."
+        )
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps={steps} and batch_size={batch_size} must be at least 1.")
     every = every_part(model, "z")
@@ -232,9 +244,9 @@ def _by_gradient(how: _How) -> _Scored:
     what = f"|d {how.name} / d gate| per {how.unit}"
     if how.unit == "example":
         scores = np.concatenate(rows)
-    elif how.unit == "token":  # over the tokens of each prompt
+    elif how.unit == "token":  # so that the mean over prompts is the one over all tokens
         lengths = run_of(how.data, "clean").prompts.lengths
-        scores = np.concatenate(tokens) / lengths.numpy()[:, None]
+        scores = np.concatenate(tokens) / lengths.double().mean().item()
     else:
         scores = np.stack(batches).mean(0)
     return _Scored(scores, what, how.metric_unit, said, {})
@@ -291,7 +303,10 @@ def _by_shapley(how: _How) -> _Scored:
 
 
 def _by_redundancy(how: _How) -> _Scored:
-    atlas = redundancy_atlas(how.model, how.data, seed=how.seed, memory=how.memory)
+    # Neither tree nor order asks for interactions, which cost more than all the rest.
+    atlas = redundancy_atlas(
+        how.model, how.data, pairs="none", seed=how.seed, memory=how.memory
+    )
     place = {head: i for i, head in enumerate(atlas.pruning_order())}
     scores = [place[part.pair] for part in how.asked]
     return _Scored(np.array(scores, float), "place in the pruning order", "", {}, {})

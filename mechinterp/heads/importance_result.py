@@ -1,10 +1,12 @@
 """How important each head is, by one method, and the order of pruning that follows."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
+from scipy.stats import t as student
 
 from mechinterp import plotting
 from mechinterp.drawing import draw
@@ -34,6 +36,25 @@ class HeadImportance(Result):
     def signed(self) -> bool:
         """Whether a head can do harm: then its importance is below 0, and tests make sense."""
         return self.convention.settings["importance"] in SIGNED
+
+    def statistics(self, **options: Any) -> xr.Dataset:
+        """Return every head's mean importance, its interval and its p-values.
+
+        As in other results, whose ``statistics`` has the arguments. The intervals of Shapley
+        values are wider by the error of having sampled few orders (Student's t, added in
+        quadrature); their p-values are for the orders sampled.
+        """
+        table = super().statistics(**options)
+        if "error" not in self.data:
+            return table
+        pairs = self.convention.settings["orders"] // 2
+        t = student.ppf((1 + table.attrs["confidence"]) / 2, pairs - 1)
+        sampling = float(t) * self.data["error"]
+        below = np.hypot(table["effect"] - table["low"], sampling)
+        above = np.hypot(table["high"] - table["effect"], sampling)
+        found = table.assign(low=table["effect"] - below, high=table["effect"] + above)
+        found.attrs["interval"] += f", and Student's t over {pairs} pairs of orders"
+        return found
 
     @property
     def order(self) -> list[Head]:

@@ -9,6 +9,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp.causal.ablation import KINDS, MetricSpec, head_ablation
 from mechinterp.engine.calls import Memory, check_answers
+from mechinterp.engine.runs import run_of
 from mechinterp.metrics import Metric, resolve_metrics
 from mechinterp.names import unknown
 from mechinterp.nulls import Head
@@ -34,6 +35,8 @@ def check_measurable(
     if kind not in KINDS:
         raise ValueError(unknown("ablation", kind, KINDS))
     check_answers(model, task)
+    if kind == "corrupted":
+        run_of(task, "corrupted")  # raises where there is none
     metrics = resolve_metrics(metric, task.metric)
     if len(metrics) > 1:
         raise ValueError(

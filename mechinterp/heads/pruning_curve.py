@@ -5,6 +5,7 @@ masked, not cut; ``mi.prune_heads`` cuts them.
 """
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ from mechinterp._progress import progress
 from mechinterp.causal.ablation import (
     MetricSpec,
     StandIns,
-    ablation_cells,
     captured_stand_ins,
     stand_ins,
 )
@@ -82,11 +82,7 @@ def pruning_curve(
         ValueError: A method is unknown; ``evaluate_on`` is the data that ranks; there is a
             single prompt to halve; nothing may be pruned; or as in ``mi.head_importance``.
     """
-    methods = [method] if isinstance(method, str) else list(method)
-    for each in methods:
-        check_option("method", each, METHODS)
-    if len(set(methods)) < len(methods) or not methods:
-        raise ValueError("method must name at least one method, and each once.")
+    methods = _methods(method)
     ranking, judging = held_out(data, evaluate_on, 0.5, "pruning_curve")
     check_answers(model, ranking)
     check_answers(model, judging)
@@ -163,22 +159,63 @@ def pruning_plan(
     model: TransformerBridge,
     data: Any,
     *,
+    method: str | Sequence[str] = "gradient",
     steps: int = 20,
     rescore: bool = True,
     min_heads_per_layer: int = 0,
+    evaluate_on: Any = None,
+    draws: int = 20,
+    options: Mapping[str, Any] | None = None,
     memory: Memory = None,
 ) -> Plan:
-    """Return what ranking by ``"ablation"`` in ``mi.pruning_curve`` will cost on this machine.
+    """Return what ``mi.pruning_curve`` with these arguments will cost on this machine.
 
-    The other methods cost less: a gradient is two or three runs of the data at each step. The
-    arguments are those of ``mi.pruning_curve``; without ``evaluate_on`` half of ``data`` ranks.
+    Ranking and judging together, with zeros in the heads' places; ``cells`` are the runs of all
+    prompts of either. Where a method trains or takes gradients, a run there and back counts as
+    three cells, and reading for the atlas as two.
+
+    Raises:
+        As ``mi.pruning_curve``, for the arguments that both have.
     """
-    ranking, _ = held_out(data, None, 0.5, "pruning_plan")
+    methods = _methods(method)
+    ranking, judging = held_out(data, evaluate_on, 0.5, "pruning_plan")
     every = every_part(model, "z")
     counts = _counts(every, steps, min_heads_per_layer)
-    cells = ablation_cells(model, ranking)
-    asked = [cells[count:] for count in (counts[:-1] if rescore else counts[:1])]
-    return plan(model, ranking, [cell for step in asked for cell in step], memory=memory)
+    zero = StandIns("z", "zero")
+    told = dict(options or {})
+
+    def sets(n: int, sizes: Sequence[int]) -> list[Cell]:
+        generator = torch.Generator().manual_seed(0)
+        orders = [torch.randperm(len(every), generator=generator).tolist() for _ in range(n)]
+        return [
+            Cell(zero.edits([every[i] for i in sorted(order[:size])]))
+            for order in orders
+            for size in sizes
+        ]
+
+    alone = [Cell(zero.edits([part])) for part in every]
+    again = counts[:-1] if rescore else counts[:1]
+    batches = told.get("steps", 200) * told.get("batch_size", 16) / len(ranking)
+    runs = {"gradient": 3 * len(again), "hard_concrete": ceil(3 * batches), "redundancy": 2}
+    ranked: list[Cell] = []
+    for each in methods:
+        if each == "ablation":
+            ranked += [cell for count in again for cell in alone[count:]]
+        elif each == "shapley":
+            ranked += sets(told.get("orders", 8), range(1, len(every) + 1))
+        ranked += alone[:1] * runs.get(each, 0)
+    judged = sets(len(methods) + draws, counts[1:])
+    found = plan(model, judging, judged, memory=memory)
+    return plan(model, ranking, ranked, memory=memory) + found if ranked else found
+
+
+def _methods(method: str | Sequence[str]) -> list[str]:
+    methods = [method] if isinstance(method, str) else list(method)
+    for each in methods:
+        check_option("method", each, METHODS)
+    if len(set(methods)) < len(methods) or not methods:
+        raise ValueError("method must name at least one method, and each once.")
+    return methods
 
 
 def _counts(every: Sequence[Part], steps: int, least: int) -> list[int]:

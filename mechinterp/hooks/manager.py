@@ -21,7 +21,7 @@ from mechinterp.activations import Activations, Key, by_position
 from mechinterp.edits import Add, Edit, Mean, Replace, Resample, Zero
 from mechinterp.hooks.capturing import Ints, Request, checked, located
 from mechinterp.hooks.editing import Action
-from mechinterp.hooks.observing import observe
+from mechinterp.hooks.observing import look, observe
 from mechinterp.hooks.running import watch
 from mechinterp.hooks.taps import tap
 from mechinterp.metrics import Targets, resolve_metrics
@@ -88,11 +88,14 @@ class HookManager:
             return kept.to(dtype=dtype or _dtype(self.model), device=device)
 
         for rows in _batches(len(request.prompts), batch_size):
+            told = (self.model, request.prompts, rows, request.keys)
+            found: dict[Key, Tensor] = {}
             with torch.set_grad_enabled(metric is not None):
-                seen, logits = observe(
-                    self.model, request.prompts, rows, request.keys, track=metric is not None
-                )
-                found = {} if metric is None else _gradients(metric(logits, rows), seen)
+                if metric is None:
+                    seen = look(*told)
+                else:
+                    seen, logits = observe(*told, track=True)
+                    found = _gradients(metric(logits, rows), seen)
             for key, tensor in seen.items():
                 values[key].append(keep(tensor.detach(), key, rows))
             for key, gradient in found.items():
@@ -151,7 +154,7 @@ class HookManager:
             mask = request.prompts.mask[rows]
             counts += mask.sum(0) if per_position else mask.sum()
             with torch.no_grad():
-                seen, _ = observe(self.model, request.prompts, rows, request.keys)
+                seen = look(self.model, request.prompts, rows, request.keys)
             for key, tensor in seen.items():
                 kept = checked(key, request.stored(key, tensor, rows), rows)
                 total = by_position(key[0], kept).double().sum(0)  # padding is stored as zero

@@ -62,13 +62,23 @@ def observe(
         stack.enter_context(_rehearsing(model, rehearse or {}))
         stack.enter_context(first_row(model, rows.start))
         logits = forward(model, prompts.tokens[rows], prompts.mask[rows])
-    if missed := [key for key in keys if key not in seen]:
-        site, layer = missed[0]
-        raise HookNotFiredError(
-            f"{site} at layer {layer} never fired, so there is nothing to capture. "
-            "mi.sites(model) lists the sites that work on this model."
-        )
+    _check_passed(keys, seen)
     return seen, logits
+
+
+def look(
+    model: TransformerBridge, prompts: Prompts, rows: slice, keys: Sequence[Key]
+) -> dict[Key, Tensor]:
+    """Return each key's whole tensor on some of the prompts; no logits are computed.
+
+    Raises:
+        HookNotFiredError: A place was not passed.
+    """
+    seen: dict[Key, Tensor] = {}
+    put = [(key, partial(_see, seen, key, False)) for key in keys]
+    pass_by(model, prompts, rows, put, until=("resid_post", len(model.blocks) - 1))
+    _check_passed(keys, seen)
+    return seen
 
 
 def pass_by(
@@ -92,6 +102,15 @@ def pass_by(
         observe(model, prompts, rows, [], put=[*put, (until, _stop)])
         raise HookNotFiredError(
             f"{until[0]} at layer {until[1]} never fired, so there is nothing to see. "
+            "mi.sites(model) lists the sites that work on this model."
+        )
+
+
+def _check_passed(keys: Sequence[Key], seen: Mapping[Key, Tensor]) -> None:
+    if missed := [key for key in keys if key not in seen]:
+        site, layer = missed[0]
+        raise HookNotFiredError(
+            f"{site} at layer {layer} never fired, so there is nothing to capture. "
             "mi.sites(model) lists the sites that work on this model."
         )
 

@@ -86,7 +86,7 @@ def direct_logit_attribution(
     for site in ("z", "mlp_out"):
         keys += [(site, layer) for layer in site_layers(model, site)]
     found: list[Shares] = []
-    differences, scales, capped = [], [], []
+    differences, attributed, scales, capped = [], [], [], []
     with bar(len(task), "attributing logits") as advance:
         for batch in batches(model, prompts, index, keys, budget_of(model, memory)):
             rows = batch.prompt.tolist()
@@ -97,6 +97,7 @@ def direct_logit_attribution(
             _check(shares, total.value, batch.logits)
             found.append(shares)
             differences.append(_weighted(batch.logits.double(), signed))
+            attributed.append(total.value)
             scales.append(norm.scale)
             capped.append(bends)
             advance(len(rows))
@@ -105,7 +106,11 @@ def direct_logit_attribution(
     name = "logit" if task.distractors is None else "logit_diff"
     unit = "logits" if task.distractors is None else "nats of log-odds"
     before = any(capped)
-    per_prompt = {"logit_diff": torch.cat(differences), "scale": torch.cat(scales)}
+    per_prompt = {
+        "logit_diff": torch.cat(differences),
+        "attributed": torch.cat(attributed),
+        "scale": torch.cat(scales),
+    }
     return DirectAttributionResult(
         labelled(
             task,

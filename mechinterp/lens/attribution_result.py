@@ -24,9 +24,9 @@ class DirectAttributionResult(Result):
     ``data["share"]`` has the axes ``prompt`` and ``component``: ``embed``, ``pos_embed``,
     ``3.2`` for a head, ``3.attn bias``, ``5.mlp``, ``final bias``. The coordinates ``kind``,
     ``layer`` and ``head`` (-1 where there is none) select among them. Shares of a prompt add
-    up to ``total``, which is ``logit_diff``, the model's own difference, except under a
-    soft-cap: then it is the difference before the cap. ``scale`` is what the final norm
-    divided by; all shares but the final bias go with 1 / scale.
+    up to ``total``, which is ``attributed``, the model's own difference: ``logit_diff``, or
+    under a soft-cap the difference before the cap. ``scale`` is what the final norm divided
+    by; all shares but the final bias go with 1 / scale.
     """
 
     @property

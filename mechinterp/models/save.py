@@ -59,7 +59,7 @@ def save_model(
     """
     folder = Path(folder).expanduser().resolve()
     shown = parts_of(card)
-    _check_replaceable(folder)
+    check_replaceable(folder)
     module, tokenizer = unwrap(model), tokenizer_of(model)
     pruning = pruning_of(model)
     with _folder_beside(folder) as part:
@@ -77,7 +77,8 @@ def save_model(
     return folder
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
+    """Raise a ``ValueError`` if a model's folder would take the place of something else."""
     if not folder.exists():
         return
     if not folder.is_dir():

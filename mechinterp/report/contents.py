@@ -2,6 +2,7 @@
 
 from mechinterp.html import described, png_of
 from mechinterp.report.cells import cells_of
+from mechinterp.report.curves import curves_of
 from mechinterp.report.own import has_own_cells, own_panels
 from mechinterp.report.panels import Panel, Picture, Table
 from mechinterp.results import Result
@@ -12,7 +13,8 @@ _ROWS = 200
 def panels_of(result: Result) -> list[Panel]:
     """Return what a report shows of a result, in the order in which it is read."""
     cells = None if has_own_cells(result) else cells_of(result)
-    drawn = [*own_panels(result), *([cells] if cells is not None else [])]
+    effects = [cells] if cells is not None else []
+    drawn = [*own_panels(result), *curves_of(result), *effects]
     return [*drawn, _largest(result), _picture(result)]
 
 
