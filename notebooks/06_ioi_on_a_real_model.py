@@ -216,12 +216,12 @@ print(f"without the heads found {left[0]:.2f}, with nothing but them {left[1]:.2
 print(f"without random ones {left[2:].min():.2f} to {left[2:].max():.2f}")
 
 # %% [markdown]
-# Seven of 270 heads (the two that work against the task left out): with their corrupted values
-# the model prefers the wrong name, while no random set costs more than a fifth of a nat, and one
-# adds most of a nat. Random sets are the bar that a circuit has to clear. But with *only* these
-# seven in the clean run's state, less than half of the difference is there. They are needed,
-# and not enough: behind them are others (19.2, 8.1 and 15.7 among them) that a search with more
-# prompts would add.
+# Seven of 270 heads (the two that work against the task left out): with their corrupted
+# values the model prefers the wrong name, while no random set costs more than a fifth of a
+# nat, and one adds most of a nat. Random sets are the bar that a circuit has to clear. But
+# with *only* these seven in the clean run's state, less than half of the difference is there.
+# They are needed, and not enough: behind them are others (19.2, 8.1 and 15.7 among them) that a
+# search with more prompts would add.
 #
 # ## What would have changed the answer
 #
