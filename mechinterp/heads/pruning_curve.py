@@ -175,7 +175,8 @@ def pruning_plan(
     three cells, and reading for the atlas as two.
 
     Raises:
-        As ``mi.pruning_curve``, for the arguments that both have.
+        TypeError: As ``mi.pruning_curve``, for the arguments that both have.
+        ValueError: Likewise.
     """
     methods = _methods(method)
     ranking, judging = held_out(data, evaluate_on, 0.5, "pruning_plan")
