@@ -332,7 +332,7 @@ def test_ablate_splits_self_repair(capsys):
     ("arguments", "says"),
     [
         (("induction", "--parts", "neuron"), "Did you mean 'neurons'"),
-        (("induction", "--only", "3,4"), "names none of the heads"),
+        (("induction", "--only", "3,4"), "is no layer and number"),
         (("induction", "--only", "9.1"), "layer 9 does not exist"),
         (("nowhere.txt",), "there is no file nowhere.txt"),
         (("induction", "--repair", "--parts", "mlps"), "Leave the rest out"),
