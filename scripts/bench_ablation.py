@@ -26,10 +26,8 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 import mechinterp as mi
-from mechinterp._cache import fetched
 from mechinterp.models import forward
 from mechinterp.results import versions
 
@@ -88,11 +86,8 @@ def ablations(asked: argparse.Namespace) -> list[dict[str, Any]]:
     lengths = every.clean.lengths.tolist()
     common = max(set(lengths), key=lengths.count)  # no padding, so that the loops waste nothing
     task = every[[i for i, n in enumerate(lengths) if n == common][: asked.prompts]]
-    folder = fetched("smollm2-135m")
-    assert folder is not None, "run scripts/fetch_models.py first"
-    module: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa"
-    ).eval()
+    module: Any = mi.unwrap(mi.load_model("smollm2-135m"))
+    module.set_attn_implementation("sdpa")
     tokens, ends, targets = task.clean.tokens, list(task.answer_positions), task.targets()
     assert set(ends) == {common - 1}
     d_head, manager = model.cfg.d_head, mi.HookManager(model)
