@@ -42,6 +42,24 @@ def test_an_uninterrupted_run_does_every_item_once(whole):
     assert len(stored(whole)) == len(list((whole / "values").iterdir())) == ITEMS
 
 
+def test_a_ledger_that_cannot_be_read_now_is_not_called_damaged(copied, monkeypatch):
+    """As where the disk is full or all files are open: it stays where it is."""
+    path = copied / "ledger.sqlite"
+    path.rename(copied / "aside")
+    path.mkdir()
+    (path / "something").touch()
+    with pytest.raises(sqlite3.OperationalError, match="unable to open"):
+        check(path)
+
+
+def test_edits_in_force_are_no_part_of_a_key_so_a_run_under_them_is_refused(tmp_path):
+    model = tiny()
+    edited = mi.HookManager(model).edit(mi.edits.Zero("z", layers=0, heads=0))
+    with pytest.raises(ValueError, match="edits or functions are in force"), edited:
+        mi.run(SPEC, tmp_path / "run", models={"tiny": model})
+    assert not (tmp_path / "run").exists()
+
+
 # ----------------------------------------------------------------------------------- kill -9
 
 

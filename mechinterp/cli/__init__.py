@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = get_command(app)(given, standalone_mode=False)
     except typer.TyperException as error:
         _fail(error.format_message())
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("mechinterp: interrupted", err=True)

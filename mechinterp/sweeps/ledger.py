@@ -364,10 +364,7 @@ def check(path: Path) -> None:
         return
     if path.stat().st_size == 0:
         raise DamagedLedgerError(f"{path} is empty.")
-    try:
-        db = sqlite3.connect(f"file:{path}?mode=rw", uri=True, timeout=60)
-    except sqlite3.Error as error:
-        raise DamagedLedgerError(f"{path} cannot be opened ({error}).") from error
+    db = sqlite3.connect(f"file:{path}?mode=rw", uri=True, timeout=60)
     try:
         said = [row[0] for row in db.execute("PRAGMA integrity_check(1)")]
         (ours,) = db.execute("PRAGMA application_id").fetchone()
@@ -375,11 +372,10 @@ def check(path: Path) -> None:
             db.execute("SELECT COUNT(*) FROM items").fetchone()
             return
         said = said if said != ["ok"] else ["it is not a ledger of mechinterp"]
-    except sqlite3.OperationalError as error:
-        if "locked" in str(error) or "busy" in str(error):
-            raise
-        said = [str(error)]
     except sqlite3.DatabaseError as error:
+        # A full disk, a busy ledger or a missing permission are no damage.
+        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise
         said = [str(error)]
     finally:
         db.close()

@@ -70,7 +70,12 @@ def work(
                 fail(ledger, item, error, report)
                 continue
             seconds = time.perf_counter() - start
-            store(place, ledger, item, result, seconds, report)
+            try:
+                store(place, ledger, item, result, seconds, report)
+            except (OSError, sqlite3.Error):
+                raise
+            except Exception:  # what it returned cannot be written: as bad as raising
+                fail(ledger, item, traceback.format_exc(), report)
 
 
 def store(

@@ -53,13 +53,15 @@ class Status:
 class SweepRun:
     """A run in its folder: ``mi.open_run`` makes one.
 
-    Shows the items of the spec that was run last there; ``all_plans`` shows those of every
-    spec. Nothing is read before it is asked for, and nothing is remembered, so a run that goes
-    on can be watched.
+    Shows the items of the spec ``plan``, by default the one that was run last there;
+    ``all_plans`` shows those of every spec. Nothing is read before it is asked for, and nothing
+    is remembered, so a run that goes on can be watched.
     """
 
-    def __init__(self, place: Place, *, all_plans: bool = False) -> None:
-        self._place, self._all = place, all_plans
+    def __init__(
+        self, place: Place, *, all_plans: bool = False, plan: str | None = None
+    ) -> None:
+        self._place, self._all, self._named = place, all_plans, plan
 
     @property
     def folder(self) -> Path:
@@ -68,10 +70,11 @@ class SweepRun:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """The spec that was run last, as plain data."""
+        """The spec that was run, as plain data."""
         with read_ledger(self._place) as ledger:
             plans = ledger.plans()
-        return plans[0][1] if plans else {}
+        named = [spec for name, spec in plans if self._named in (None, name)]
+        return named[0] if named else {}
 
     def rows(self, state: str | None = None) -> list[Row]:
         """Return the ledger's rows, perhaps those in one state."""
@@ -79,8 +82,10 @@ class SweepRun:
             return ledger.rows(self._plan(ledger), state)
 
     def _plan(self, ledger: Ledger) -> str | None:
+        if self._all or self._named is not None:
+            return self._named
         plans = ledger.plans()
-        return None if self._all or not plans else plans[0][0]
+        return plans[0][0] if plans else None
 
     def status(self) -> Status:
         """Return how far the run is."""

@@ -85,6 +85,7 @@ def _of_model(
                     )  # fmt: skip
     for data_described, data, lenient in _data(spec, described, model, bench, left_out):
         known = {**identity, "data_sha256": digest(data)}
+        known["data_metric"] = list(resolve_metrics(None, data.metric))
         for method in spec.methods:
             if isinstance(method, HeadScoresOf) and method.on == "random_tokens":
                 continue

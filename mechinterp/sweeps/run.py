@@ -10,6 +10,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp._files import written_beside
+from mechinterp.hooks.taps import attached
 from mechinterp.names import unknown
 from mechinterp.sweeps.ledger import Ledger
 from mechinterp.sweeps.local import device_name, work
@@ -76,6 +77,12 @@ def run(
         raise ValueError(f"workers={workers} does nothing. Pass at least 1.")
     if models and (workers not in (None, 1) or backend != "local"):
         raise ValueError("models= are of this process. Leave workers and backend as they are.")
+    for name, model in dict(models or {}).items():
+        if attached(model):
+            raise ValueError(
+                f"edits or functions are in force on models[{name!r}], and an item's key says "
+                "nothing of them. Run outside that block."
+            )
     place = place_of(out, make=True)
     if chosen.export is not None:
         inside(place, place.folder / chosen.export)
@@ -101,7 +108,7 @@ def run(
 
                 work_on_ray(place, ledger, plan.name, bench, report, workers, address)
             report({"event": "finished", "failed": tally.failed})
-    done = SweepRun(place)
+    done = SweepRun(place, plan=plan.name)
     if chosen.export is not None:
         export(done, place, chosen.export)
     return done
