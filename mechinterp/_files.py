@@ -36,7 +36,8 @@ def written_beside(path: str | os.PathLike[str], *, durable: bool = False) -> It
 
 
 def _synced(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    # Windows syncs only what is open for writing; folders can be opened for reading alone.
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

@@ -105,9 +105,11 @@ def test_a_split_that_cuts_nothing_gives_the_same_bits_as_the_call(model, tmp_pa
 def test_values_come_back_as_they_were_written(made, tmp_path):
     for row in made.rows("done"):
         path = made.folder / "values" / f"{row.key}.parquet"
-        result, item = read_result(path, check=True), read_written(path).item
-        again = write_values(tmp_path, item, result, seconds=1.0, finished=2.0)
+        result, item = read_result(path), read_written(path).item
+        told = {"device": "abacus", "threads": 7}
+        again = write_values(tmp_path, item, result, seconds=1.0, finished=2.0, machine=told)
         assert again.sha256 == row.sha256
+        assert read_written(tmp_path / path.name) == again
         assert read_result(tmp_path / path.name).equals(result)
 
 

@@ -112,3 +112,15 @@ def test_an_item_that_fails_on_a_cluster_is_recorded_with_its_traceback(
     assert found.status().failed == 1 and found.status().done == 2
     ((_, error),) = found.failures.items()
     assert "Traceback" in error and "context holds 63" in error
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_more_workers_than_the_cluster_has_places_for_are_refused(folder, tmp_path):
+    ray = pytest.importorskip("ray")
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        with pytest.raises(ValueError, match=r"2 workers need a CPU each.*Pass workers=1"):
+            mi.run({**SPEC, "models": str(folder)}, tmp_path / "run", backend="ray", workers=2)
+    finally:
+        ray.shutdown()

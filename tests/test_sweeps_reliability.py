@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,7 @@ def test_a_truncated_write_ahead_log_loses_nothing_that_was_finished(whole, tmp_
     for share in (0.9, 0.3, 0):
         log.write_bytes(log.read_bytes()[: int(share * log.stat().st_size)])
         with open_ledger(place_of(tmp_path / "run", make=False)) as ledger:
-            assert list(ledger.states().values()).count("done") == 8
+            assert len(ledger.digests()) == 8
         if not log.exists():
             break
     assert run_small(tmp_path / "run").status().complete
@@ -171,9 +172,9 @@ def test_two_processes_on_one_folder_share_the_work_and_do_nothing_twice(whole, 
 
 def test_a_claim_is_one_workers_until_its_process_is_gone(copied, monkeypatch):
     place = place_of(copied, make=False)
-    with Ledger(place.ledger) as ours, Ledger(place.ledger) as theirs:
+    with Ledger(place) as ours, Ledger(place) as theirs:
         ((plan, _),) = ours.plans()
-        ours.undo(list(ours.states())[:1])
+        ours.undo(list(ours.digests())[:1])
         ours.register(1, "cpu")
         theirs.register(1, "cpu")
         mine = ours.claim(plan)
@@ -187,21 +188,25 @@ def test_a_claim_is_one_workers_until_its_process_is_gone(copied, monkeypatch):
         assert theirs.done(written)
 
 
-def test_a_worker_on_another_host_keeps_its_claim_as_long_as_it_is_heard_of(
+def test_the_lock_of_a_worker_tells_whether_it_is_alive_whatever_the_clock_says(
     copied, monkeypatch
 ):
     place = place_of(copied, make=False)
-    with Ledger(place.ledger) as here, Ledger(place.ledger) as there:
-        ((plan, _),) = here.plans()
-        here.undo(list(here.states())[:1])
-        with monkeypatch.context() as elsewhere:
-            elsewhere.setattr("mechinterp.sweeps.ledger.this_host", lambda: "elsewhere")
-            there.register(1, "cpu")
-            assert there.claim(plan) is not None
-        here.register(1, "cpu")
-        assert here.claim(plan) is None
-        monkeypatch.setattr("mechinterp.sweeps.ledger.LEASE", -1.0)
-        assert here.claim(plan) is not None
+    with Ledger(place) as ours:
+        ((plan, _),) = ours.plans()
+        ours.undo(list(ours.digests())[:1])
+        theirs = Ledger(place)
+        theirs.register(1, "cpu")
+        mine = theirs.claim(plan)
+        ours.register(1, "cpu")
+        monkeypatch.setattr(time, "time", lambda: 4e9)  # the clock was set, by decades
+        assert ours.claim(plan) is None and len(ours.workers()) == 2
+        theirs._lock.release()  # as the system does when a process ends
+        assert len(ours.workers()) == 1
+        taken = ours.claim(plan)
+        assert taken is not None and mine is not None and taken.key == mine.key
+        theirs.close()
+    assert not list(place.workers.iterdir()), "a lock was left behind"
 
 
 def test_a_network_file_system_is_refused_before_anything_is_written(tmp_path, monkeypatch):
@@ -211,7 +216,54 @@ def test_a_network_file_system_is_refused_before_anything_is_written(tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
+# --------------------------------------------------------------------------- damaged values
+
+
+def test_values_cut_short_are_done_again(whole, copied):
+    path = sorted((copied / "values").iterdir())[3]
+    path.write_bytes(path.read_bytes()[:-100])
+    run_small(copied)
+    assert stored(copied) == stored(whole)
+
+
+def test_values_of_another_run_under_the_same_name_are_done_again(whole, copied):
+    path = sorted((copied / "values").iterdir())[3]
+    written = read_written(path)
+    found = read_result(path)
+    name = next(iter(found.data.data_vars))
+    found.data[name] = found.data[name] + 1
+    values.write_values(path.parent, written.item, found, seconds=1, finished=1, machine={})
+    run_small(copied)
+    assert stored(copied) == stored(whole)
+
+
+def test_numbers_that_changed_in_their_file_are_never_returned(copied):
+    path = sorted((copied / "values").iterdir())[3]
+    table = values.pq.read_table(path)
+    column = table["value"].to_numpy().copy()
+    column[0] += 1e-9
+    place = table.schema.get_field_index("value")
+    values.pq.write_table(table.set_column(place, "value", [column]), path)
+    with pytest.raises(DamagedValuesError, match=r"not those that were written.*run the same"):
+        read_result(path)
+    with pytest.raises(DamagedValuesError):
+        for found in mi.open_run(copied).results():
+            assert found.result
+
+
 # --------------------------------------------------------------------------------- full disks
+
+
+@pytest.mark.parametrize("where", ["open_ledger", "export", "tally_of"])
+def test_a_disk_that_is_full_before_or_after_the_work_is_said_too(where, tmp_path, monkeypatch):
+    from mechinterp.sweeps import run as running
+
+    def full(*_, **__):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(running, where, full)
+    with pytest.raises(DiskFullError, match="make room"):
+        run_small(tmp_path / "run", {**SPEC, "export": "all.csv"})
 
 
 def test_a_full_disk_stops_cleanly_and_the_same_command_goes_on(whole, tmp_path, monkeypatch):

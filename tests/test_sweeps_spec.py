@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -15,6 +16,7 @@ from mechinterp.sweeps.spec import METHODS, Spec, json_schema, read_spec
 from mechinterp.sweeps.template import TEMPLATE
 
 SMALL = {"models": "embedded", "tasks": "induction", "methods": ["head_ablation"]}
+SWEEPS = Path(__file__).parents[1] / "scripts" / "sweeps"
 
 
 def with_method(**told):
@@ -163,6 +165,28 @@ def test_the_json_schema_takes_what_is_right_and_refuses_what_is_not():
     whole = json.loads(read_spec(SMALL).model_dump_json())
     assert validator.is_valid(whole)
     assert not validator.is_valid({**whole, "modles": 1})
+    short = {"models": "embedded", "tasks": "ioi", "methods": "head_ablation", "prompts": 4}
+    assert validator.is_valid(short) and read_spec(short)
+    assert not validator.is_valid({**short, "methods": "activation_patching"})  # needs sites
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_ready_sweeps_are_specs(path):
+    assert read_spec(path).methods
+
+
+def test_a_key_with_nothing_after_it_is_left_at_its_default(tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text("models: embedded\ntasks: ioi\ntexts:\nmethods: head_ablation\n")
+    assert read_spec(path).texts is None
+
+
+def test_a_python_folder_is_no_python_object(tmp_path):
+    path = tmp_path / "python" / "spec.yaml"
+    path.parent.mkdir()
+    path.write_text("models: [python")
+    with pytest.raises(ValueError, match="is not YAML"):
+        read_spec(path)
 
 
 def test_a_spec_is_read_without_torch():

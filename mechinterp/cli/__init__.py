@@ -3,6 +3,7 @@
 torch and the models are imported inside the commands, so that ``--help`` answers at once.
 """
 
+import sqlite3
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(error.format_message())
     except (ValueError, TypeError, OSError, ImportError) as error:
         _fail(str(error))
+    except sqlite3.Error as error:
+        _fail(f"the run's ledger: {error}. Try again; if a process hangs, end it.")
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("mechinterp: interrupted", err=True)
         sys.exit(130)

@@ -11,7 +11,7 @@ import typer
 from mechinterp.cli.shared import app, print_table
 
 if TYPE_CHECKING:
-    from mechinterp.sweeps.opened import Status, SweepRun
+    from mechinterp.sweeps.opened import Found, Status, SweepRun
 
 FAILED, STOPPED = 1, 3  # exit codes: some items failed; the disk is full or the like
 _SHOWN = 30
@@ -191,20 +191,24 @@ def results(
         return
     import pandas as pd
 
-    listed = [_line(each) for each in found.results()]
+    from mechinterp.sweeps.opened import telling
+
+    listed = found.results()
     if not listed:
         typer.echo("Nothing is done yet.")
         return
-    table = pd.DataFrame(listed)
+    labels = telling([each.item for each in listed])
+    lines = [_line(listed[i], labels[i]) for i in range(min(rows, len(listed)))]
+    table = pd.DataFrame(lines)
     table = table.dropna(axis="columns", how="all").astype(object)
     table = table.where(table.notna(), "")
-    print_table(f"{len(table):,} results", table.head(rows))
+    print_table(f"{len(listed):,} results", table)
 
 
-def _line(found: Any) -> dict[str, Any]:
+def _line(found: "Found", labels: dict[str, Any]) -> dict[str, Any]:
     """Return what a table says of one call: its labels and its largest effect."""
-    shown = {k: v for k, v in found.item.labels.items() if k not in ("dtype",)}
-    result = found.result
+    shown = dict(labels)
+    result: Any = found.result
     try:
         best = result.top(1)
     except (ValueError, KeyError):

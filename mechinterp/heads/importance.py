@@ -32,6 +32,7 @@ from mechinterp.tasks import as_data
 
 METHODS = ("ablation", "gradient", "hard_concrete", "redundancy", "shapley", "random")
 UNITS = ("example", "token", "batch")
+OPTIONS = ("unit", "normalize_layers", "orders", "penalty", "steps", "batch_size")
 
 
 def head_importance(

@@ -27,7 +27,7 @@ from mechinterp.engine.calls import Memory, check_answers, metrics_of_cells
 from mechinterp.engine.cells import Cell
 from mechinterp.engine.runs import run_of
 from mechinterp.heads.held_out import held_out
-from mechinterp.heads.importance import METHODS, check_slope, head_importance
+from mechinterp.heads.importance import METHODS, OPTIONS, check_slope, head_importance
 from mechinterp.heads.pruning_curve_result import PruningCurve
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import is_worse, resolve_metrics
@@ -79,10 +79,12 @@ def pruning_curve(
 
     Raises:
         TypeError: ``data`` is none of these, or ``evaluate_on`` of another kind.
-        ValueError: A method is unknown; ``evaluate_on`` is the data that ranks; there is a
-            single prompt to halve; nothing may be pruned; or as in ``mi.head_importance``.
+        ValueError: A method or option is unknown; ``evaluate_on`` is the data that ranks;
+            there is a single prompt to halve; nothing may be pruned; or as in
+            ``mi.head_importance``.
     """
     methods = _methods(method)
+    check_options(options)
     ranking, judging = held_out(data, evaluate_on, 0.5, "pruning_curve")
     check_answers(model, ranking)
     check_answers(model, judging)
@@ -208,6 +210,12 @@ def pruning_plan(
     judged = sets(len(methods) + draws, counts[1:])
     found = plan(model, judging, judged, memory=memory)
     return plan(model, ranking, ranked, memory=memory) + found if ranked else found
+
+
+def check_options(options: Mapping[str, Any] | None) -> None:
+    """Raise a ``ValueError`` where ``mi.head_importance`` has no such option of its methods."""
+    for name in options or {}:
+        check_option("option", name, OPTIONS)
 
 
 def _methods(method: str | Sequence[str]) -> list[str]:

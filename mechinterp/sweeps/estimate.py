@@ -77,7 +77,8 @@ def estimated(
     """
     bench = Workbench(allow_pickle, trust_remote_code)
     plan_ = planned(spec, bench)
-    todo = [item for item in plan_.items if item.key not in _done(out)]
+    done = _done(out)
+    todo = [item for item in plan_.items if item.key not in done]
     rates: dict[tuple[Any, ...], tuple[float, int]] = {}
     seconds, memory = [], 0
     for item in todo:
@@ -111,8 +112,8 @@ def _done(out: str | PathLike[str] | None) -> set[str]:
         return set()
     if not place.ledger.exists():
         return set()
-    with Ledger(place.ledger) as ledger:
-        return {key for key, state in ledger.states().items() if state == "done"}
+    with Ledger(place) as ledger:
+        return set(ledger.digests())
 
 
 def _rate(item: Item, bench: Workbench) -> tuple[float, int]:

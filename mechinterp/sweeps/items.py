@@ -13,6 +13,8 @@ from hashlib import sha256
 from typing import Any
 
 FORMAT = 1
+_AXES = ("site", "direction", "kind", "window", "metric", "positions")
+_LONG = ("dtype", "options")  # what a line has no room for
 
 
 @dataclass(frozen=True)
@@ -69,20 +71,27 @@ class Item:
     @property
     def labels(self) -> dict[str, Any]:
         """What tells the call from others in tables: the axes of the spec's grid."""
-        told = {"model": self.model["name"], "dtype": self.model["dtype"]}
+        told = {"model": self.model["name"], "revision": self.model.get("revision")}
+        told |= {"dtype": self.model["dtype"]}
         told |= {"data": self.data.get("label", ""), "n": self.data.get("count")}
         told |= {"seed": self.data.get("seed", self.arguments.get("seed"))}
-        shown = ("site", "direction", "kind", "window", "metric", "positions")
         told |= {"method": self.method, "variant": self.arguments.get("method")}
-        told |= {name: self.arguments.get(name) for name in shown}
+        told |= {name: self.arguments.get(name) for name in _AXES}
+        told |= {"options": self._options}
         return {
             name: json.dumps(value) if isinstance(value, list | dict) else value
             for name, value in told.items()
         }
 
+    @property
+    def _options(self) -> str:
+        """The arguments that have no column of their own, as JSON."""
+        rest = {k: v for k, v in self.arguments.items() if k not in (*_AXES, "seed", "method")}
+        return _canonical({k: v for k, v in rest.items() if v not in (None, {})})
+
     def __str__(self) -> str:
         """Say what it is on one line."""
-        told = {k: v for k, v in self.labels.items() if v is not None and k not in ("dtype",)}
+        told = {k: v for k, v in self.labels.items() if v is not None and k not in _LONG}
         words = [str(told.pop("method")), str(told.pop("model")), str(told.pop("data"))]
         words += [f"{name}={value}" for name, value in told.items()]
         words += [f"{name}={_span(given)}" for name, given in self.part.items() if given]

@@ -1,8 +1,8 @@
 """The ledger: one row per work item in an SQLite database, and who works on which.
 
 States go ``todo`` -> ``running`` -> ``done`` or ``failed``. A row says ``done`` only after its
-values are on the disk. A claim belongs to a worker; when the worker's process is gone (or, on
-another host, has not been heard of for ``LEASE`` seconds), its claim goes to whoever asks next.
+values are on the disk. A claim belongs to a worker, which holds the lock on a file of its own
+as long as it lives; when nobody holds it any more, its claim goes to whoever asks next.
 """
 
 import json
@@ -10,20 +10,19 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import psutil
+from filelock import FileLock
 
 from mechinterp.sweeps.items import Item
-from mechinterp.sweeps.places import is_alive, this_host
+from mechinterp.sweeps.places import Place, is_alive
 from mechinterp.sweeps.values import Written
 
-FORMAT = 1
-LEASE = 120.0
+FORMAT = 2
 _APPLICATION = 0x6D656369  # "meci": what the file is, in its header
 _TABLES = """
 CREATE TABLE IF NOT EXISTS items (
@@ -37,8 +36,8 @@ CREATE TABLE IF NOT EXISTS plan_items (
   plan TEXT NOT NULL, place INTEGER NOT NULL, key TEXT NOT NULL,
   PRIMARY KEY (plan, place)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS workers (
-  worker TEXT PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL, started REAL NOT NULL,
-  seen REAL NOT NULL, threads INTEGER, device TEXT);
+  worker TEXT PRIMARY KEY, pid INTEGER NOT NULL, started REAL NOT NULL, threads INTEGER,
+  device TEXT);
 CREATE INDEX IF NOT EXISTS plan_keys ON plan_items (key);
 """
 
@@ -66,14 +65,14 @@ class Row:
 class Ledger:
     """A connection to the ledger of a run; made for one thread."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the database, or make it.
+    def __init__(self, place: Place) -> None:
+        """Open the database of a run, or make it.
 
         Raises:
             DamagedLedgerError: It is truncated or otherwise damaged.
             ValueError: It was made by a newer version, or the place allows no write-ahead log.
         """
-        self.path = path
+        self._place, path = place, place.ledger
         check(path)
         self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
         mode = self._db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
@@ -91,29 +90,36 @@ class Ledger:
                     f"{path} has format {found}, this version writes {FORMAT}. Update "
                     "mechinterp-toolkit, or give another folder."
                 )
-            if not found:
+            if found < FORMAT:
+                self._db.execute("DROP TABLE IF EXISTS workers")  # had other columns
                 for statement in _TABLES.split(";"):
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA application_id={_APPLICATION}")
                 self._db.execute(f"PRAGMA user_version={FORMAT}")
         self.worker = uuid4().hex
-        self._registered = False
+        self._lock: FileLock | None = None
 
     def close(self) -> None:
         """Close the connection; what a worker had claimed is free again."""
-        if self._registered:
-            self.release()
-            self._db.execute("DELETE FROM workers WHERE worker = ?", [self.worker])
-        self._db.close()
+        try:
+            if self._lock is not None:
+                self.release()
+                self._db.execute("DELETE FROM workers WHERE worker = ?", [self.worker])
+        finally:
+            self._db.close()
+            if self._lock is not None:
+                self._lock.release()
+                self._lock_of(self.worker).unlink(missing_ok=True)
 
     def __enter__(self) -> "Ledger":
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
+        with suppress(sqlite3.Error):  # the disk is full: the claims are taken over
             self.close()
-        except sqlite3.Error:  # the disk is full: dead workers' claims are taken over
-            self._db.close()
+
+    def _lock_of(self, worker: str) -> Path:
+        return self._place.workers / f"{worker}.lock"
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -161,22 +167,11 @@ class Ledger:
 
     def register(self, threads: int, device: str) -> None:
         """Enter this connection as a worker that may claim items."""
-        me = psutil.Process()
-        told = [self.worker, this_host(), os.getpid(), me.create_time(), time.time()]
+        self._lock = FileLock(self._lock_of(self.worker), blocking=False)
+        self._lock.acquire()
+        told = [self.worker, os.getpid(), time.time(), threads, device]
         with self._writing():
-            self._db.execute(
-                "INSERT INTO workers VALUES (?, ?, ?, ?, ?, ?, ?)", [*told, threads, device]
-            )
-        self._registered = True
-
-    def beat(self) -> None:
-        """Say that this worker is still there, from whichever thread."""
-        db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-        try:
-            told = [time.time(), self.worker]
-            db.execute("UPDATE workers SET seen = ? WHERE worker = ?", told)
-        finally:
-            db.close()
+            self._db.execute("INSERT INTO workers VALUES (?, ?, ?, ?, ?)", told)
 
     def claim(self, plan: str) -> Item | None:
         """Return the next item of a plan that is free, now this worker's; None if none is.
@@ -205,14 +200,10 @@ class Ledger:
 
     def _take_over(self, plan: str) -> bool:
         """Free the items of workers that are gone."""
-        host, now = this_host(), time.time()
-        gone = []
-        for worker, its_host, pid, started, seen in self._db.execute(
-            "SELECT worker, host, pid, started, seen FROM workers"
-        ):
-            here = its_host == host
-            if (here and not is_alive(pid, started)) or (not here and now - seen > LEASE):
-                gone.append(worker)
+        everyone = [worker for (worker,) in self._db.execute("SELECT worker FROM workers")]
+        gone = [w for w in everyone if w != self.worker and not is_alive(self._lock_of(w))]
+        for worker in gone:
+            self._lock_of(worker).unlink(missing_ok=True)
         self._db.executemany("DELETE FROM workers WHERE worker = ?", [(w,) for w in gone])
         freed = self._db.execute(
             "UPDATE items SET state = 'todo', worker = NULL WHERE state = 'running' "
@@ -323,9 +314,9 @@ class Ledger:
             for key, item, *rest in self._db.execute(query, told)
         ]
 
-    def states(self) -> dict[str, str]:
-        """Return the state of every item, by key."""
-        return dict(self._db.execute("SELECT key, state FROM items"))
+    def digests(self) -> dict[str, str]:
+        """Return the sha256 of the values of every item that is done, by key."""
+        return dict(self._db.execute("SELECT key, sha256 FROM items WHERE state = 'done'"))
 
     def counts(self, plan: str) -> dict[str, tuple[int, int, int]]:
         """Return per state how many items, cells and how much work a plan has."""
@@ -339,14 +330,13 @@ class Ledger:
         }
 
     def workers(self) -> list[tuple[int, int, str]]:
-        """Return process number, threads and device of those at work on this host."""
-        host = this_host()
+        """Return process number, threads and device of those at work."""
         return [
             (pid, threads, device)
-            for its_host, pid, started, threads, device in self._db.execute(
-                "SELECT host, pid, started, threads, device FROM workers"
+            for worker, pid, threads, device in self._db.execute(
+                "SELECT worker, pid, threads, device FROM workers"
             )
-            if its_host != host or is_alive(pid, started)
+            if is_alive(self._lock_of(worker))
         ]
 
 

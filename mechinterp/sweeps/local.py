@@ -7,17 +7,17 @@ traceback and the rest goes on; a full disk stops the run with everything stored
 import errno
 import logging
 import sqlite3
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 import torch
 
 from mechinterp.sweeps.items import Item
-from mechinterp.sweeps.ledger import LEASE, Ledger
+from mechinterp.sweeps.ledger import Ledger
 from mechinterp.sweeps.places import Place
 from mechinterp.sweeps.values import write_values
 from mechinterp.sweeps.workbench import ChangedError, Workbench
@@ -51,7 +51,7 @@ def work(
         DiskFullError: A value or the ledger could not be written.
         ChangedError: Weights, data or packages are not those of the plan.
     """
-    with full_disk(place), beating(ledger):
+    with full_disk(place.folder):
         while True:
             item = ledger.claim(plan)
             if item is None:
@@ -70,19 +70,33 @@ def work(
                 fail(ledger, item, error, report)
                 continue
             seconds = time.perf_counter() - start
-            try:
-                store(place, ledger, item, result, seconds, report)
-            except (OSError, sqlite3.Error):
-                raise
-            except Exception:  # what it returned cannot be written: as bad as raising
-                fail(ledger, item, traceback.format_exc(), report)
+            store(place, ledger, item, result, seconds, this_machine(), report)
 
 
 def store(
-    place: Place, ledger: Ledger, item: Item, result: Any, seconds: float, report: Report
+    place: Place,
+    ledger: Ledger,
+    item: Item,
+    result: Any,
+    seconds: float,
+    machine: Mapping[str, Any],
+    report: Report,
 ) -> None:
-    """Write an item's values, then enter it as done."""
-    written = write_values(place.values, item, result, seconds=seconds, finished=time.time())
+    """Write an item's values, then enter it as done; as failed if they cannot be written."""
+    try:
+        written = write_values(
+            place.values,
+            item,
+            result,
+            seconds=seconds,
+            finished=time.time(),
+            machine=machine,
+        )
+    except OSError:
+        raise
+    except Exception:  # what it returned is no result, or holds what no table does
+        fail(ledger, item, traceback.format_exc(), report)
+        return
     if not ledger.done(written):
         log.info("%s was done by another worker meanwhile", item.key[:12])
         return
@@ -108,7 +122,7 @@ def fail(ledger: Ledger, item: Item, error: str, report: Report) -> None:
 
 
 @contextmanager
-def full_disk(place: Place) -> Iterator[None]:
+def full_disk(folder: str | PathLike[str]) -> Iterator[None]:
     """Raise a `DiskFullError` where the block meets a full disk."""
     try:
         yield
@@ -120,29 +134,13 @@ def full_disk(place: Place) -> Iterator[None]:
             errno.ENOSPC,
             "the disk is full. What was stored is intact; make room and start the same "
             "command again, which goes on where this one stopped",
-            str(place.folder),
+            str(folder),
         ) from error
 
 
-@contextmanager
-def beating(ledger: Ledger) -> Iterator[None]:
-    """Say now and then that this worker is still there, while the block runs."""
-    stop = threading.Event()
-
-    def beat() -> None:
-        while not stop.wait(LEASE / 4):
-            try:
-                ledger.beat()
-            except sqlite3.Error as error:  # the loop meets a full disk itself
-                log.warning("could not say that this worker is alive: %s", error)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+def this_machine() -> dict[str, Any]:
+    """Return what the last bits of a number depend on, beside what its key says."""
+    return {"device": device_name(), "threads": torch.get_num_threads()}
 
 
 def device_name() -> str:

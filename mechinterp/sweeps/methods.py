@@ -19,13 +19,16 @@ from mechinterp.causal.grid import Grid, grid_of, prompt_labels, step_tokens
 from mechinterp.causal.parts import every_part
 from mechinterp.causal.patching import activation_patching
 from mechinterp.engine import Cell
-from mechinterp.heads.pruning_curve import pruning_curve
+from mechinterp.heads.kinds import check_kinds
+from mechinterp.heads.pruning_curve import check_options, pruning_curve
 from mechinterp.heads.scores import head_scores
+from mechinterp.lens.asked import asked_of
 from mechinterp.lens.logit_lens import logit_lens
+from mechinterp.lens.states import units_of
 from mechinterp.record import digest
 from mechinterp.results import Result
 from mechinterp.sites import resolve_layers
-from mechinterp.tasks import Labelled, Task, Text
+from mechinterp.tasks import Labelled, Task, Text, as_prompts
 
 Arguments = Mapping[str, Any]
 # The kinds of data that each method takes; the other combinations of a grid are left out.
@@ -40,7 +43,8 @@ TAKES: dict[str, tuple[type, ...]] = {
 }
 _ABLATED = {"head_ablation": "z", "mlp_ablation": "mlp_out"}
 _WITHOUT_METRIC = ("head_scores", "logit_lens")
-_WITHOUT_MEMORY = ("attribution_patching", "head_scores")
+_WITHOUT_MEMORY = ("attribution_patching",)
+_ON_A_GRID = ("activation_patching", "attribution_patching")
 _SEEDED = ("head_ablation", "mlp_ablation", "pruning_curve", "head_scores")
 
 
@@ -73,11 +77,18 @@ def checked(model: TransformerBridge, data: Any, method: str, arguments: Argumen
     """Raise before anything runs where the whole call would.
 
     Raises:
-        ValueError: A site, layer, head, role or position does not exist, or positions of the
-            two runs do not correspond.
+        ValueError: A site, layer, head, role, position, kind of score or option does not
+            exist, or positions of the two runs do not correspond.
     """
-    if method == "activation_patching":
-        _grid(model, data, arguments)
+    if method in _ON_A_GRID and arguments.get("site"):
+        _grid(model, data, {"align": "exact", **arguments})
+    elif method == "logit_lens":
+        units_of(model, arguments["site"], None, None, None)
+        asked_of(model, data, as_prompts(model, data), arguments.get("positions"), None)
+    elif method == "head_scores" and arguments.get("kinds") is not None:
+        check_kinds(arguments["kinds"])
+    elif method == "pruning_curve":
+        check_options(arguments["options"])
 
 
 def cells_of(

@@ -17,7 +17,7 @@ from mechinterp.sweeps.joining import joined
 from mechinterp.sweeps.ledger import Ledger, Row
 from mechinterp.sweeps.opening import read_ledger
 from mechinterp.sweeps.places import Place, place_of
-from mechinterp.sweeps.values import path_of, read_result
+from mechinterp.sweeps.values import path_of, read_result, read_written
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,11 @@ class SweepRun:
     @property
     def failures(self) -> dict[str, str]:
         """The tracebacks of failed items, by what they were to do."""
-        return {str(row.item): row.error or "" for row in self.rows("failed")}
+        found: dict[str, str] = {}
+        for row in self.rows("failed"):
+            name = str(row.item)
+            found[f"{name} ({row.key[:8]})" if name in found else name] = row.error or ""
+        return found
 
     def files(self) -> list[Path]:
         """Return the Parquet files of what is done."""
@@ -159,12 +163,14 @@ class SweepRun:
     def to_xarray(self, **where: Any) -> xr.DataTree:
         """Return all results as one tree, a node per call; ``where`` as in `results`."""
         nodes = {}
-        for found in self.results(**where):
-            item = found.item
-            told = [f"{k}={v}" for k, v in item.labels.items() if v is not None]
-            words = [each.replace("/", "_") for each in told if not each.startswith("method=")]
+        listed = self.results(**where)
+        for found, labels in zip(listed, telling([each.item for each in listed]), strict=True):
+            told = [f"{k}={v}" for k, v in labels.items() if v is not None and k != "method"]
+            name = f"{found.item.method}/{' '.join(told).replace('/', '_')}"
+            if name in nodes:  # of other weights or versions, with `all_plans`
+                name += f" call={found.item.call[:8]}"
             data = found.result.data
-            nodes["/".join([item.method, " ".join(words)])] = data.assign_attrs(
+            nodes[name] = data.assign_attrs(
                 {**data.attrs, "convention": found.result.convention.to_json()}
             )
         return xr.DataTree.from_dict(nodes)
@@ -188,12 +194,12 @@ class SweepRun:
             raise ValueError(f"nothing is done in {self.folder} yet, so there is no table.")
         with duckdb.connect(config={"enable_external_access": True}) as db:
             listed = ", ".join("'" + path.replace("'", "''") + "'" for path in files)
-            db.execute(
-                "CREATE TEMP TABLE numbers AS SELECT * FROM "
-                f"read_parquet([{listed}], union_by_name = true)"
-            )
-            db.execute("SET enable_external_access = false")  # a query reads nothing else
             try:
+                db.execute(
+                    "CREATE TEMP TABLE numbers AS SELECT * FROM "
+                    f"read_parquet([{listed}], union_by_name = true)"
+                )
+                db.execute("SET enable_external_access = false")  # a query reads nothing else
                 return db.execute(query).df()
             except duckdb.Error as error:
                 raise ValueError(f"DuckDB: {' '.join(str(error).split())}") from error
@@ -228,11 +234,21 @@ class Found:
         return all(row.state == "done" for row in self.rows)
 
     @property
+    def machines(self) -> list[dict[str, Any]]:
+        """What its parts were computed on, each once: ``device`` and ``threads``."""
+        written = [
+            read_written(path_of(self.place.values, row.key)).machine
+            for row in self.rows
+            if row.state == "done"
+        ]
+        return [dict(told) for told in dict.fromkeys(tuple(each.items()) for each in written)]
+
+    @property
     def result(self) -> Result:
         """The result, read and joined now."""
         return joined(
             [
-                (row.item, read_result(path_of(self.place.values, row.key)))
+                (row.item, read_result(path_of(self.place.values, row.key), row.sha256))
                 for row in self.rows
                 if row.state == "done"
             ]
@@ -277,7 +293,23 @@ class Results:
 
 
 def _short(labels: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in labels.items() if v is not None and k != "method"}
+    return {k: v for k, v in labels.items() if v is not None and k not in ("method", "options")}
+
+
+def telling(items: Sequence[Item]) -> list[dict[str, Any]]:
+    """Return the items' labels without the long ones that are the same within a method."""
+    seen: dict[str, dict[str, set[Any]]] = {}
+    for item in items:
+        for name in ("dtype", "options"):
+            seen.setdefault(item.method, {}).setdefault(name, set()).add(item.labels[name])
+    constant = {
+        method: [name for name, values in found.items() if len(values) == 1]
+        for method, found in seen.items()
+    }
+    return [
+        {k: v for k, v in item.labels.items() if k not in constant[item.method]}
+        for item in items
+    ]
 
 
 def open_run(folder: str | PathLike[str], *, all_plans: bool = False) -> SweepRun:

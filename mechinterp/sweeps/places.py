@@ -5,8 +5,6 @@ does not have, so a run on one is refused before anything is written.
 """
 
 import os
-import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -79,6 +77,11 @@ class Place:
         """The folder of Parquet files."""
         return self.folder / "values"
 
+    @property
+    def workers(self) -> Path:
+        """The folder of locks, one per worker, each held while its worker is alive."""
+        return self.folder / "workers"
+
     @contextmanager
     def opening(self) -> Iterator[None]:
         """Let one process at a time look the ledger over, make it, or mend it."""
@@ -107,12 +110,13 @@ def place_of(folder: str | os.PathLike[str], *, make: bool) -> Place:
     if make:
         place.folder.mkdir(parents=True, exist_ok=True)
         place.values.mkdir(exist_ok=True)
+        place.workers.mkdir(exist_ok=True)
     elif not (place.ledger.exists() or place.values.is_dir()):
         raise FileNotFoundError(
             f"{place.folder} holds no run. `mechinterp run SPEC.yaml --out {place.folder}` "
             "makes one."
         )
-    for path in (place.values, place.ledger):
+    for path in (place.values, place.workers, place.ledger):
         inside(place, path)
     return place
 
@@ -157,23 +161,12 @@ def file_system(folder: Path) -> str:
     return kinds[mounts[0]] if mounts else ""
 
 
-def this_host() -> str:
-    """Return a name for all processes that see the same process numbers as this one."""
-    seen = f"{psutil.boot_time():.0f}"
-    if sys.platform == "linux":
-        with suppress(OSError):
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            seen = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    return f"{socket.gethostname()} {seen}"
-
-
-def is_alive(pid: int, started: float) -> bool:
-    """Whether the process of this number that started then is still there, on this host."""
-    try:
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - started) < 2
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+def is_alive(lock: Path) -> bool:
+    """Whether somebody holds a worker's lock; the system lets go of it when a process ends."""
+    if not lock.exists():
         return False
-    except psutil.AccessDenied:
+    try:
+        with FileLock(lock, blocking=False):
+            return False
+    except Timeout:
         return True

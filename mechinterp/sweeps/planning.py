@@ -1,16 +1,16 @@
 """From a spec to its work items: every model loaded and all data read, but nothing run."""
 
-import logging
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
 from mechinterp import results
+from mechinterp.engine.sizes import as_bytes
 from mechinterp.metrics import resolve_metrics
 from mechinterp.models import fingerprint
 from mechinterp.record import digest
@@ -27,7 +27,6 @@ from mechinterp.sweeps.spec import HeadScoresOf, Model, Spec
 from mechinterp.sweeps.workbench import Workbench
 from mechinterp.tasks import tasks as tasks_of
 
-log = logging.getLogger(__name__)
 ABLE = "able"
 
 
@@ -55,30 +54,48 @@ def planned(spec: Spec, bench: Workbench) -> Planned:
         ValueError: A model, task, site, metric or the like does not exist, or nothing is left
             to do. Before anything runs.
     """
+    as_bytes(spec.memory)
     items: dict[str, Item] = {}
     left_out: list[str] = []
-    for source in spec.models:
-        for item in _of_model(spec, source, bench, left_out):
-            items.setdefault(item.key, item)
+    for source, name in zip(spec.models, spec.model_names, strict=True):
+        for item in _of_model(spec, source, name, bench, left_out):
+            first = items.setdefault(item.key, item)
+            if (seed := item.labels["seed"]) != (same := first.labels["seed"]):
+                left_out.append(
+                    f"{item.method} of {item.data['label']} with seed {seed}: nothing in it is "
+                    f"drawn, so its numbers are those of seed {same}."
+                )
+    _check_told_apart(items.values())
     if not items:
         why = " ".join(dict.fromkeys(left_out)) or "No task is left."
         raise ValueError(f"there is nothing to do in this spec. {why}")
-    for why in dict.fromkeys(left_out):
-        log.warning("left out: %s", why)
     return Planned(tuple(items.values()), tuple(dict.fromkeys(left_out)))
 
 
+def _check_told_apart(items: Iterable[Item]) -> None:
+    """Raise unless every call has labels of its own: tables and comparisons go by them."""
+    calls: dict[str, Item] = {}
+    for item in items:
+        first = calls.setdefault(json.dumps(item.labels, sort_keys=True), item)
+        if first.call != item.call:
+            raise ValueError(
+                f"the spec has the same call twice, cut into items in two ways: {item}. Name "
+                "the method once."
+            )
+
+
 def _of_model(
-    spec: Spec, source: Model, bench: Workbench, left_out: list[str]
+    spec: Spec, source: Model, name: str, bench: Workbench, left_out: list[str]
 ) -> Iterator[Item]:
     described = source.model_dump(exclude_none=True)
     model = bench.model(described)
-    described["name"] = str(model.cfg.model_name)
+    described["name"] = name
     identity = {"fingerprint": fingerprint(model), "versions": results.versions()}
     for seed in spec.seeds:
         for method in spec.methods:
             if isinstance(method, HeadScoresOf) and method.on == "random_tokens":
                 for told in method.grid():
+                    checked(model, None, method.method, told)
                     yield _item(
                         described, {}, method.method, {**told, "seed": seed}, {}, {},
                         spec, identity, model, None,
@@ -94,6 +111,7 @@ def _of_model(
                 left_out.append(f"{method.method} takes no {kind} ({data.name}).")
                 continue
             metrics = spec.metrics or (None,) if measures(method.method) else (None,)
+            senseless: dict[str, list[str]] = {}
             for told, metric in product(method.grid(), metrics):
                 arguments = dict(told)
                 if metric is not None:
@@ -106,15 +124,24 @@ def _of_model(
                 except ValueError as error:
                     if not lenient:
                         raise
-                    left_out.append(f"{method.method} of {data.name}, {_said(told)}: {error}")
+                    senseless.setdefault(str(error), []).append(_said(told))
                     continue
-                split = method.split or spec.split
-                asked, parts = _parts(model, data, method, arguments, split.model_dump())
+                split = (method.split or spec.split).model_dump(exclude_none=True)
+                asked = {n: each for n, each in split.items() if n in method.splits(told)}
+                asked, parts = _parts(model, data, method.method, arguments, asked)
                 for part in parts:
                     yield _item(
                         described, data_described, method.method, arguments, part, asked,
                         spec, known, model, data,
                     )  # fmt: skip
+            left_out += _left_out(f"{method.method} of {data.name}", senseless)
+
+
+def _left_out(what: str, senseless: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Yield one sentence per reason for which calls make no sense."""
+    for why, calls in senseless.items():
+        rest = f" and {len(calls) - 1} other calls" if len(calls) > 1 else ""
+        yield f"{what}, {calls[0]}{rest}: {why}"
 
 
 def _item(
@@ -149,23 +176,21 @@ def _item(
 def _parts(
     model: TransformerBridge,
     data: Any,
-    method: Any,
+    method: str,
     arguments: Mapping[str, Any],
-    split: Mapping[str, int | None],
+    asked: Mapping[str, int],
 ) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    """Return how a call is split, and its parts: prompts and layers."""
-    asked = {name: n for name, n in split.items() if n and name in method.splits}
+    """Return how a call is really split, and its parts: prompts and layers."""
     rows: list[list[int] | None] = [None]
     if each := asked.get("prompts"):
         rows = [[at, min(at + each, len(data))] for at in range(0, len(data), each)]
     layers: list[list[int] | None] = [None]
-    swept = layers_of(model, method.method, arguments)
+    swept = layers_of(model, method, arguments)
     if (each := asked.get("layers")) and swept is not None:
         layers = [swept[at : at + each] for at in range(0, len(swept), each)]
-    else:
-        asked.pop("layers", None)
+    split = {n: each for n, each in asked.items() if n != "layers" or swept is not None}
     parts = [{"prompts": some, "layers": at} for some, at in product(rows, layers)]
-    return asked, [{k: v for k, v in part.items() if v is not None} for part in parts]
+    return split, [{k: v for k, v in part.items() if v is not None} for part in parts]
 
 
 def _data(
@@ -191,8 +216,8 @@ def _data(
         most = counts.get(name)
         n = n if n is None or most is None else min(n, most)
         yield (*_one(name, n, seed, spec, described, bench), most is not None)
-    for name, n in product(spec.texts or (), spec.prompts or (None,)):
-        yield (*_one(name, n, spec.seeds[0], spec, described, bench), False)
+    for name, n, seed in product(spec.texts or (), spec.prompts or (None,), spec.seeds):
+        yield (*_one(name, n, seed, spec, described, bench), False)
 
 
 def _one(
@@ -205,8 +230,7 @@ def _one(
 ) -> tuple[dict[str, Any], Any]:
     told = {"name": name, "n": n, "seed": seed, "context": spec.context}
     data = bench.data(model_described, told)
-    label = Path(name).name if "/" in name or "\\" in name else name
-    return told | {"label": label, "count": len(data)}, data
+    return told | {"label": spec.data_name(name), "count": len(data)}, data
 
 
 def _said(told: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from mechinterp.sweeps.items import Item
 from mechinterp.sweeps.ledger import Ledger
-from mechinterp.sweeps.local import StoppedError, beating, fail, full_disk, store
+from mechinterp.sweeps.local import StoppedError, fail, full_disk, store, this_machine
 from mechinterp.sweeps.places import Place
 from mechinterp.sweeps.pool import MOST_DEATHS
 from mechinterp.sweeps.progress import Report
@@ -25,6 +25,7 @@ from mechinterp.sweeps.workbench import ChangedError, Workbench
 
 log = logging.getLogger(__name__)
 _PAUSE = 0.5
+_PATIENCE = 30.0  # seconds before it is said that workers do not start
 
 
 class Computer:
@@ -39,19 +40,23 @@ class Computer:
         self._bench = Workbench(allow_pickle, trust_remote_code)
         self._device = "cuda" if torch.cuda.is_available() else None
 
-    def do(self, item: str, weights: list[Any]) -> tuple[str, Any, float]:
-        """Return ``"done"`` with the result, or ``"failed"`` or ``"changed"`` with why."""
+    def do(self, item: str, weights: list[Any]) -> tuple[str, Any, float, dict[str, Any]]:
+        """Return ``"done"`` with the result, or ``"failed"`` or ``"changed"`` with why.
+
+        Then its seconds, and what it was done on.
+        """
         told = Item.from_json(item)
         try:
             if weights and not self._bench.holds(told.model):
                 self._bench.forget()  # before the next one takes memory
                 self._bench.take(told.model, unpacked(_fetched(weights[0]), self._device))
             start = time.perf_counter()
-            return "done", self._bench.do(told), time.perf_counter() - start
+            found = self._bench.do(told)
+            return "done", found, time.perf_counter() - start, this_machine()
         except ChangedError as error:
-            return "changed", str(error), 0.0
+            return "changed", str(error), 0.0, {}
         except Exception:
-            return "failed", traceback.format_exc(), 0.0
+            return "failed", traceback.format_exc(), 0.0, {}
 
 
 def _fetched(weights: Any) -> Shipped:
@@ -82,14 +87,21 @@ def work_on_ray(
 
     Raises:
         ImportError: Ray is not installed.
+        ValueError: The cluster has fewer CPUs than there are to be workers.
         StoppedError: Weights or packages of the actors are not those of the plan.
     """
     with _cluster(address, workers) as ray:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         cpus = int(ray.cluster_resources().get("CPU", 1))
-        crew = _Crew(ray, bench, workers or gpus or cpus, gpus, cpus)
+        size = workers or gpus or cpus
+        if size > cpus:
+            raise ValueError(
+                f"{size} workers need a CPU each, but the cluster has {cpus}, so Ray would "
+                f"never start them all. Pass workers={cpus} or fewer."
+            )
+        crew = _Crew(ray, bench, size, gpus, cpus)
         ledger.register(crew.threads, f"ray, {'GPUs' if gpus else 'CPUs'}")
-        with full_disk(place), beating(ledger):
+        with full_disk(place.folder):
             try:
                 _work(crew, place, ledger, plan, report)
             finally:
@@ -99,6 +111,7 @@ def work_on_ray(
 def _work(crew: "_Crew", place: Place, ledger: Ledger, plan: str, report: Report) -> None:
     deaths: Counter[str] = Counter()
     waiting: list[Item] = []
+    told = time.monotonic()
     while True:
         for actor in crew.idle():
             item = waiting.pop() if waiting else ledger.claim(plan)
@@ -110,6 +123,14 @@ def _work(crew: "_Crew", place: Place, ledger: Ledger, plan: str, report: Report
             if not ledger.waiting_for_others(plan):
                 return
             time.sleep(_PAUSE)
+        if time.monotonic() - told > _PATIENCE and (missing := crew.not_started()):
+            told = time.monotonic()
+            log.warning(
+                "%d of %d workers wait for the cluster to have a place for them: others use "
+                "it, or its nodes have too few free CPUs or GPUs.",
+                missing,
+                crew.size,
+            )
         for item, found in crew.ended():
             if found is None:
                 deaths[item.key] += 1
@@ -119,13 +140,13 @@ def _work(crew: "_Crew", place: Place, ledger: Ledger, plan: str, report: Report
                 else:
                     fail(ledger, item, f"{MOST_DEATHS} workers died on this item.", report)
                 continue
-            state, value, seconds = found
+            state, value, seconds, machine = found
             if state == "changed":
                 raise StoppedError(value)
             if state == "failed":
                 fail(ledger, item, value, report)
             else:
-                store(place, ledger, item, value, seconds, report)
+                store(place, ledger, item, value, seconds, machine, report)
 
 
 class _Crew:
@@ -137,6 +158,7 @@ class _Crew:
         # A part of a GPU, or whole ones: Ray takes no 1.5.
         self._asks = {"num_cpus": 1, "num_gpus": each if each < 1 else int(each)}
         self.threads = 1 if gpus else max(1, cpus // size)
+        self._ready: dict[Any, Any] = {}
         self._actors = [self._hire() for _ in range(size)]
         self.busy: dict[Any, tuple[Any, Item]] = {}
         self._weights: dict[str, Any] = {}
@@ -144,7 +166,24 @@ class _Crew:
     def _hire(self) -> Any:
         kind = self._ray.remote(Computer).options(max_restarts=0, **self._asks)
         trusted = self._bench.allow_pickle, self._bench.trust_remote_code
-        return kind.remote(*trusted, self.threads)
+        actor = kind.remote(*trusted, self.threads)
+        self._ready[actor.__ray_ready__.remote()] = actor
+        return actor
+
+    @property
+    def size(self) -> int:
+        """How many actors there are to be."""
+        return len(self._actors)
+
+    def not_started(self) -> int:
+        """Return how many actors the cluster has not started yet."""
+        if self._ready:
+            started, _ = self._ray.wait(
+                list(self._ready), num_returns=len(self._ready), timeout=0
+            )
+            for reference in started:
+                del self._ready[reference]
+        return len(self._ready)
 
     def idle(self) -> Iterator[Any]:
         """Yield the actors that have nothing to do."""
@@ -164,7 +203,7 @@ class _Crew:
             self._weights[name] = self._ray.put(packed(self._bench.model(item.model)))
         return [self._weights[name]]  # in a list, so that it is fetched by who lacks it only
 
-    def ended(self) -> list[tuple[Item, tuple[str, Any, float] | None]]:
+    def ended(self) -> list[tuple[Item, tuple[str, Any, float, dict[str, Any]] | None]]:
         """Return the items that ended meanwhile, and None for what if their actor died."""
         if not self.busy:
             return []

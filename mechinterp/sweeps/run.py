@@ -1,6 +1,7 @@
 """Running a spec: plan it, enter the plan, do what is not done yet."""
 
 import json
+import logging
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -13,7 +14,7 @@ from mechinterp._files import written_beside
 from mechinterp.hooks.taps import attached
 from mechinterp.names import unknown
 from mechinterp.sweeps.ledger import Ledger
-from mechinterp.sweeps.local import device_name, work
+from mechinterp.sweeps.local import device_name, full_disk, work
 from mechinterp.sweeps.opened import SweepRun
 from mechinterp.sweeps.opening import open_ledger
 from mechinterp.sweeps.places import Place, inside, place_of
@@ -22,6 +23,7 @@ from mechinterp.sweeps.progress import Output, Tally, reporting
 from mechinterp.sweeps.spec import Spec, read_spec
 from mechinterp.sweeps.workbench import Workbench
 
+log = logging.getLogger(__name__)
 BACKENDS = ("local", "ray")
 OUTPUTS = ("progress", "json", "quiet")
 
@@ -83,35 +85,38 @@ def run(
                 f"edits or functions are in force on models[{name!r}], and an item's key says "
                 "nothing of them. Run outside that block."
             )
-    place = place_of(out, make=True)
-    if chosen.export is not None:
-        inside(place, place.folder / chosen.export)
     bench = Workbench(allow_pickle, trust_remote_code, given=dict(models or {}))
-    plan = planned(chosen, bench)
-    with open_ledger(place) as ledger:
-        ledger.plan(plan.name, json.dumps(chosen.model_dump(mode="json")), plan.items)
-        if retry_failed:
-            ledger.retry(plan.name)
-        tally = tally_of(ledger, plan)
-        with reporting(output, tally) as report:
-            report({"event": "planned", "cells": sum(i.cells for i in plan.items)})
-            if workers in (None, 1) and backend == "local":
-                ledger.register(torch.get_num_threads(), device_name())
-                work(place, ledger, plan.name, bench, report)
-            elif workers is not None and backend == "local":
-                from mechinterp.sweeps.pool import work_in_processes
+    with full_disk(out):
+        place = place_of(out, make=True)
+        if chosen.export is not None:
+            inside(place, place.folder / chosen.export)
+        plan = planned(chosen, bench)
+        for why in plan.left_out:
+            log.warning("left out: %s", why)
+        with open_ledger(place) as ledger:
+            ledger.plan(plan.name, json.dumps(chosen.model_dump(mode="json")), plan.items)
+            if retry_failed:
+                ledger.retry(plan.name)
+            tally = tally_of(ledger, plan)
+            with reporting(output, tally) as report:
+                report({"event": "planned", "cells": sum(i.cells for i in plan.items)})
+                if workers in (None, 1) and backend == "local":
+                    ledger.register(torch.get_num_threads(), device_name())
+                    work(place, ledger, plan.name, bench, report)
+                elif workers is not None and backend == "local":
+                    from mechinterp.sweeps.pool import work_in_processes
 
-                bench.forget()
-                work_in_processes(place, ledger, plan.name, bench, report, workers)
-            else:
-                from mechinterp.sweeps.ray_backend import work_on_ray
+                    bench.forget()
+                    work_in_processes(place, ledger, plan.name, bench, report, workers)
+                else:
+                    from mechinterp.sweeps.ray_backend import work_on_ray
 
-                work_on_ray(place, ledger, plan.name, bench, report, workers, address)
-            report({"event": "finished", "failed": tally.failed})
-    done = SweepRun(place, plan=plan.name)
-    if chosen.export is not None:
-        export(done, place, chosen.export)
-    return done
+                    work_on_ray(place, ledger, plan.name, bench, report, workers, address)
+                report({"event": "finished", "failed": tally.failed})
+        done = SweepRun(place, plan=plan.name)
+        if chosen.export is not None:
+            export(done, place, chosen.export)
+        return done
 
 
 def tally_of(ledger: Ledger, plan: Planned) -> Tally:

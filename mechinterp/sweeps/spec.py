@@ -5,7 +5,7 @@ error, so is a key that does not exist. Nothing here loads a model.
 """
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal, TypeVar
@@ -32,7 +32,25 @@ def _listed(given: Any) -> Any:
     return given if isinstance(given, list | tuple) else [given]
 
 
-Many = Annotated[tuple[_T, ...], BeforeValidator(_listed), Field(min_length=1)]
+class _OneOrMany:
+    """Says in the JSON schema what the validator takes: one, or a list of them."""
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        several = handler(core)
+        return {"anyOf": [several["items"], several]}
+
+
+class _OrShort:
+    """Says in the JSON schema that a part can be written as a name alone."""
+
+    def __init__(self, **short: Any) -> None:
+        self.short = short
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [self.short, handler(core)]}
+
+
+Many = Annotated[tuple[_T, ...], BeforeValidator(_listed), Field(min_length=1), _OneOrMany()]
 Count = Annotated[int, Field(gt=0)]
 Direction = Literal["denoising", "noising"]
 Kind = Literal["zero", "mean", "position_mean", "resample", "corrupted"]
@@ -73,16 +91,16 @@ class Split(_Part):
 class _Method(_Part):
     split: Split | None = Field(None, description="of this method, instead of the spec's own")
 
-    @property
-    def splits(self) -> frozenset[str]:
-        """The ways in which this method's work can be cut."""
+    def splits(self, call: Mapping[str, Any]) -> frozenset[str]:
+        """Return the ways in which a call of the grid can be cut."""
         return frozenset()
 
     @model_validator(mode="after")
     def _can_be_split_so(self) -> "_Method":
         asked = self.split.model_dump(exclude_none=True) if self.split else {}
-        if wrong := sorted(asked.keys() - self.splits):
-            can = ", ".join(sorted(self.splits)) or "nothing"
+        splits = frozenset[str]().union(*map(self.splits, self.grid()))
+        if wrong := sorted(asked.keys() - splits):
+            can = ", ".join(sorted(splits)) or "nothing"
             raise ValueError(f"cannot be split by {wrong[0]}, but by {can}")
         return self
 
@@ -103,8 +121,7 @@ class ActivationPatching(_Method):
     align: Literal["exact", "last"] = "exact"
     windows: Many[Count] = (1,)
 
-    @property
-    def splits(self) -> frozenset[str]:
+    def splits(self, call: Mapping[str, Any]) -> frozenset[str]:
         """By prompts or by layers."""
         return frozenset({"prompts", "layers"})
 
@@ -129,8 +146,7 @@ class AttributionPatching(_Method):
     steps: Count | None = None
     batch_size: Count = 16
 
-    @property
-    def splits(self) -> frozenset[str]:
+    def splits(self, call: Mapping[str, Any]) -> frozenset[str]:
         """By prompts: a gradient serves all layers."""
         return frozenset({"prompts"})
 
@@ -151,10 +167,9 @@ class AttributionPatching(_Method):
 class _Ablation(_Method):
     kinds: Many[Kind] = ("zero",)
 
-    @property
-    def splits(self) -> frozenset[str]:
+    def splits(self, call: Mapping[str, Any]) -> frozenset[str]:
         """By layers; by prompts too, unless stand-ins are drawn from them."""
-        return frozenset({"layers"} if "resample" in self.kinds else {"prompts", "layers"})
+        return frozenset({"layers"} if call["kind"] == "resample" else {"prompts", "layers"})
 
     def grid(self) -> Iterator[dict[str, Any]]:
         """Yield one call per kind."""
@@ -224,8 +239,7 @@ class LogitLensOf(_Method):
     sites: Many[str] = ("resid_post",)
     positions: Positions | None = None
 
-    @property
-    def splits(self) -> frozenset[str]:
+    def splits(self, call: Mapping[str, Any]) -> frozenset[str]:
         """By prompts."""
         return frozenset({"prompts"})
 
@@ -254,6 +268,15 @@ def _as_method(given: Any) -> Any:
     return {"method": given} if isinstance(given, str) else given
 
 
+def _without_needs() -> list[str]:
+    """Return the methods that a spec can name without saying more."""
+    return [
+        name
+        for name, each in METHODS.items()
+        if not any(f.is_required() for key, f in each.model_fields.items() if key != "method")
+    ]
+
+
 MethodSpec = Annotated[
     ActivationPatching
     | AttributionPatching
@@ -270,7 +293,7 @@ class Spec(_Part):
     """A sweep: models x data x prompt counts x seeds x metrics x methods."""
 
     name: str = Field("sweep", description="what the run is called")
-    models: Many[Annotated[Model, BeforeValidator(_as_model)]]
+    models: Many[Annotated[Model, BeforeValidator(_as_model), _OrShort(type="string")]]
     tasks: Many[str] | None = Field(
         None, description="built-in tasks, .jsonl files, or able: those the model can do"
     )
@@ -284,7 +307,9 @@ class Spec(_Part):
     context: Count | None = Field(None, description="tokens of a piece of text")
     seeds: Many[int] = Field((0,), description="which prompts are drawn, and what else is")
     metrics: Many[str] | None = Field(None, description="the data's own by default")
-    methods: Many[Annotated[MethodSpec, BeforeValidator(_as_method)]]
+    methods: Many[
+        Annotated[MethodSpec, BeforeValidator(_as_method), _OrShort(enum=_without_needs())]
+    ]
     split: Split = Field(
         Split(prompts=None, layers=None), description="how calls are cut into items"
     )
@@ -292,6 +317,16 @@ class Spec(_Part):
     export: str | None = Field(
         None, description="table of all numbers, a .csv or .parquet in the run's folder"
     )
+
+    @property
+    def model_names(self) -> list[str]:
+        """What tables call each of the models: the end of its source, where that is enough."""
+        sources = [model.source for model in self.models]
+        return [_short(source, sources) for source in sources]
+
+    def data_name(self, name: str) -> str:
+        """Return what tables call a task or text: the file's name, where that is enough."""
+        return _short(name, [*(self.tasks or ()), *(self.texts or ())])
 
     @field_validator("export")
     @classmethod
@@ -384,7 +419,7 @@ def _yaml(text: str, path: Path) -> Any:
         return yaml.load(text, Loader=_Unique)  # a SafeLoader: builds no Python objects
     except yaml.YAMLError as error:
         said = " ".join(str(error).split())
-        if "python" in said:
+        if "yaml.org,2002:python" in said:
             raise ValueError(
                 f"{path} asks for a Python object to be built, which a spec cannot: {said}. "
                 "Write plain names, numbers and lists."
@@ -400,7 +435,7 @@ def _from_here(found: dict[str, Any], folder: Path) -> dict[str, Any]:
         return str((folder / name).resolve()) if relative else name
 
     for key in ("tasks", "texts", "models"):
-        if key in found:
+        if found.get(key) is not None:
             given = found[key]
             many = [
                 {**each, "source": placed(each.get("source"))}
@@ -410,6 +445,15 @@ def _from_here(found: dict[str, Any], folder: Path) -> dict[str, Any]:
             ]
             found[key] = many
     return found
+
+
+def _short(name: str, every: Iterable[str]) -> str:
+    """Return the last part of a path, or the whole where another ends in the same."""
+
+    def last(path: str) -> str:
+        return PureWindowsPath(path).name or path  # parts at slashes of both kinds
+
+    return name if any(last(o) == last(name) and o != name for o in every) else last(name)
 
 
 def _plain(given: Any) -> Any:

@@ -36,6 +36,8 @@ class Written:
     """What is known about a file of values: its item, how it was made, and a digest.
 
     ``sha256`` is that of the numbers and their labels, whatever the file around them.
+    ``machine`` says what computed them: ``device`` and ``threads``, on which the last bits
+    depend.
     """
 
     item: Item
@@ -43,10 +45,17 @@ class Written:
     rows: int
     seconds: float
     finished: float
+    machine: Mapping[str, Any]
 
 
 def write_values(
-    folder: Path, item: Item, result: Result, *, seconds: float, finished: float
+    folder: Path,
+    item: Item,
+    result: Result,
+    *,
+    seconds: float,
+    finished: float,
+    machine: Mapping[str, Any],
 ) -> Written:
     """Write an item's result to ``folder/KEY.parquet``: complete, on the disk, or absent.
 
@@ -63,12 +72,13 @@ def write_values(
         "rows": table.num_rows,
         "seconds": seconds,
         "finished": finished,
+        "machine": dict(machine),
         **described,
     }
     table = table.replace_schema_metadata({_KEY: json.dumps(told).encode()})
     with written_beside(path_of(folder, item.key), durable=True) as part:
         pq.write_table(table, part, compression="zstd")
-    return Written(item, found, table.num_rows, seconds, finished)
+    return Written(item, found, table.num_rows, seconds, finished, machine)
 
 
 def path_of(folder: Path, key: str) -> Path:
@@ -87,14 +97,22 @@ def read_written(path: Path) -> Written:
     item = Item.from_json(told["item"])
     if rows != told["rows"] or item.key != told["key"] or path.stem != item.key:
         raise DamagedValuesError(f"{path} is not the file of values that its name says.")
-    return Written(item, told["sha256"], rows, told["seconds"], told["finished"])
+    return Written(
+        item,
+        told["sha256"],
+        rows,
+        told["seconds"],
+        told["finished"],
+        told.get("machine", {}),
+    )
 
 
-def read_result(path: Path, *, check: bool = False) -> Result:
+def read_result(path: Path, sha256: str | None = None) -> Result:
     """Return the result in a file of values, equal to the one that was written.
 
     Raises:
-        DamagedValuesError: It cannot be read, or, with ``check``, its numbers changed.
+        DamagedValuesError: It cannot be read, or its numbers are not those of the digest
+            ``sha256`` (by default its own).
     """
     told, _ = _told(path)
     package = import_module("mechinterp")
@@ -107,8 +125,11 @@ def read_result(path: Path, *, check: bool = False) -> Result:
     except (OSError, pa.ArrowException) as error:
         raise DamagedValuesError(f"{path} cannot be read ({error}).") from error
     result = found(_dataset(table, told), Convention.from_json(told["convention"]))
-    if check and _digest(result) != told["sha256"]:
-        raise DamagedValuesError(f"the numbers in {path} are not those that were written.")
+    if _digest(result) != (sha256 or told["sha256"]):
+        raise DamagedValuesError(
+            f"the numbers in {path} are not those that were written. Remove the file and run "
+            "the same spec again: it does what is missing."
+        )
     return result
 
 

@@ -34,7 +34,6 @@ class Workbench:
 
     allow_pickle: bool = False
     trust_remote_code: bool = False
-    device: str | None = None
     given: dict[str, TransformerBridge] = field(default_factory=dict)
     _held: tuple[str, TransformerBridge] | None = None
     _data: dict[str, Any] = field(default_factory=dict)
@@ -58,16 +57,13 @@ class Workbench:
     def _load(self, described: Mapping[str, Any]) -> TransformerBridge:
         if described["source"] in self.given:
             return self.given[described["source"]]
-        placed: dict[str, Any] = {"device_map": described.get("device_map")}
-        if self.device is not None and placed["device_map"] is None:
-            placed = {"device": self.device}
         return load_model(
             described["source"],
             dtype=getattr(torch, described["dtype"]),
             revision=described.get("revision"),
             allow_pickle=self.allow_pickle,
             trust_remote_code=self.trust_remote_code,
-            **placed,
+            device_map=described.get("device_map"),
         )
 
     def forget(self) -> None:

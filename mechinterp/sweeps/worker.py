@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mechinterp.sweeps.ledger import Ledger
-from mechinterp.sweeps.local import ChangedError, DiskFullError, device_name, work
+from mechinterp.sweeps.local import ChangedError, DiskFullError, device_name, full_disk, work
 from mechinterp.sweeps.places import place_of
 from mechinterp.sweeps.workbench import Workbench
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
 
     try:
-        with Ledger(place.ledger) as ledger:
+        with full_disk(place.folder), Ledger(place) as ledger:
             ledger.register(told.threads, device_name())
             work(place, ledger, told.plan, bench, report)
     except (ChangedError, DiskFullError) as error:
