@@ -1,6 +1,8 @@
 """The command line: a skin that starts fast, parses, and says in one line what is wrong."""
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.main import get_command
 from zoo import hf, tokenizer, zoo
 
 import mechinterp as mi
@@ -69,6 +72,43 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
         "report",
     ):
         assert command in done.stdout
+
+
+COMMANDS: Any = vars(get_command(shared.app))["commands"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_fits_its_line_and_shows_calls_that_are_understood(name):
+    command = COMMANDS[name]
+    assert command.short_help and len(command.short_help) <= 60
+    assert command.short_help.endswith(".")
+    lines = [line.split() for line in (command.epilog or "").splitlines()]
+    shown = [shlex.split(" ".join(line)) for line in lines if line[:1] == ["mechinterp"]]
+    assert shown, f"{name} --help shows no call"
+    for _, called, *arguments in shown:
+        assert called == name
+        command.make_context(called, arguments)  # raises where an option does not exist
+
+
+@pytest.mark.parametrize(
+    ("typed", "offers"), [("mechinterp pa", "patch"), ("mechinterp patch --win", "--window")]
+)
+def test_a_shell_completes_commands_and_options_without_torch(typed, offers):
+    environment = {
+        **os.environ,
+        "_MECHINTERP_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(len(typed.split()) - 1),
+    }
+    code = (
+        "import sys\n"
+        "from mechinterp.cli import main\n"
+        "sys.argv = ['mechinterp']\n"
+        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"
+    )
+    told = {"capture_output": True, "text": True, "env": environment}
+    done = subprocess.run([sys.executable, "-c", code], **told)
+    assert offers in done.stdout.split(), done.stderr
 
 
 def test_the_installed_command_knows_its_version():

@@ -13,6 +13,7 @@ from mechinterp.cli.shared import (
     Seed,
     app,
     check_out,
+    examples,
     load_any,
     print_table,
     read_units,
@@ -23,7 +24,14 @@ from mechinterp.cli.shared import (
 _PARTS = {"heads": "head_ablation", "mlps": "mlp_ablation", "neurons": "neuron_ablation"}
 
 
-@app.command()
+@app.command(
+    short_help="Take heads, MLPs or neurons out.",
+    epilog=examples(
+        "ablate embedded induction --kind mean --out heads.nc",
+        "ablate embedded induction --only 0.3+1.7",
+        "ablate smollm2-135m ioi --only 20.3 --repair",
+    ),
+)
 def ablate(
     model: ModelArgument,
     data: Annotated[

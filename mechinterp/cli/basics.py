@@ -5,10 +5,13 @@ from typing import Annotated
 
 import typer
 
-from mechinterp.cli.shared import ModelArgument, app, print_table
+from mechinterp.cli.shared import ModelArgument, app, examples, print_table
 
 
-@app.command()
+@app.command(
+    short_help="Find a circuit in ten seconds, on the embedded model.",
+    epilog=examples("quickstart --out first-circuit"),
+)
 def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for figures and results.")] = Path(
         "mechinterp-quickstart"
@@ -20,7 +23,11 @@ def quickstart(
     run(out)
 
 
-@app.command("sites")
+@app.command(
+    "sites",
+    short_help="List what can be read and changed in a model.",
+    epilog=examples("sites smollm2-135m"),
+)
 def list_sites(model: ModelArgument = "embedded") -> None:
     """List where MODEL's activations can be read and changed, and why not elsewhere."""
     import mechinterp as mi
@@ -29,7 +36,9 @@ def list_sites(model: ModelArgument = "embedded") -> None:
     print_table(f"Sites of {found.model_name}", found.to_frame())
 
 
-@app.command("tasks")
+@app.command(
+    "tasks", short_help="List what a model can do.", epilog=examples("tasks smollm2-135m")
+)
 def list_tasks(model: ModelArgument = "embedded") -> None:
     """List which tasks MODEL can run, on how many prompts, and how well."""
     import mechinterp as mi

@@ -20,6 +20,7 @@ from mechinterp.cli.shared import (
     TaskArgument,
     app,
     check_out,
+    examples,
     load_data,
     read_integers,
     read_names,
@@ -28,7 +29,14 @@ from mechinterp.cli.shared import (
 )
 
 
-@app.command()
+@app.command(
+    short_help="Patch activations, one place at a time.",
+    epilog=examples(
+        "patch embedded induction z --out z.nc",
+        "patch smollm2-135m ioi resid_pre --positions subject,end --n 32",
+        "patch smollm2-135m known_facts mlp_out --noise subject --window 10 --dry-run",
+    ),
+)
 def patch(
     model: ModelArgument,
     task: TaskArgument,
@@ -81,7 +89,13 @@ def patch(
     show(result, f"{site}, {direction}", out)
 
 
-@app.command()
+@app.command(
+    short_help="Patch along the paths between parts.",
+    epilog=examples(
+        "paths embedded induction 1.7.k --senders z",
+        "paths smollm2-135m ioi logits --n 32 --out paths.nc",
+    ),
+)
 def paths(
     model: ModelArgument,
     task: TaskArgument,
@@ -135,7 +149,13 @@ def paths(
     show(result, f"{senders} to {receivers}, {direction}", out)
 
 
-@app.command()
+@app.command(
+    short_help="Estimate all patches from gradients.",
+    epilog=examples(
+        "attribute embedded induction z --audit 10",
+        "attribute embedded induction --method eap-ig --steps 5",
+    ),
+)
 def attribute(
     model: ModelArgument,
     task: TaskArgument,

@@ -11,6 +11,7 @@ from mechinterp.cli.shared import (
     Seed,
     app,
     check_out,
+    examples,
     load_any,
     print_table,
     read_names,
@@ -19,7 +20,13 @@ from mechinterp.cli.shared import (
 )
 
 
-@app.command()
+@app.command(
+    short_help="Score what every head does.",
+    epilog=examples(
+        "heads smollm2-135m --kinds induction,previous_token",
+        "heads embedded book.txt --out scores.nc",
+    ),
+)
 def heads(
     model: ModelArgument = "embedded",
     data: Annotated[
@@ -57,7 +64,10 @@ def heads(
         save_figure(scores.figure(), out)
 
 
-@app.command()
+@app.command(
+    short_help="Gather the evidence on induction heads.",
+    epilog=examples("induction embedded --out dossier"),
+)
 def induction(
     model: ModelArgument = "embedded",
     k: Annotated[int, typer.Option(help="How many candidate heads.")] = 5,

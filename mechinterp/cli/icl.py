@@ -12,6 +12,7 @@ from mechinterp.cli.shared import (
     Seed,
     app,
     check_out,
+    examples,
     print_table,
     read_integers,
     store,
@@ -21,7 +22,13 @@ if TYPE_CHECKING:
     from mechinterp.tasks.pairs import Pairs
 
 
-@app.command()
+@app.command(
+    short_help="Measure learning in context.",
+    epilog=examples(
+        "icl smollm2-135m book.txt",
+        "icl smollm2-135m country-capital --shots 0,1,2,4 --out few.nc",
+    ),
+)
 def icl(
     model: ModelArgument,
     data: Annotated[

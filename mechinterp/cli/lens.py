@@ -15,6 +15,7 @@ from mechinterp.cli.shared import (
     Seed,
     app,
     check_out,
+    examples,
     load_any,
     read_integers,
     read_positions,
@@ -22,7 +23,12 @@ from mechinterp.cli.shared import (
 )
 
 
-@app.command()
+@app.command(
+    short_help="Read out a prediction at every layer.",
+    epilog=examples(
+        "lens smollm2-135m ioi --n 8 --out lens.nc", "lens smollm2-135m ioi --attribution"
+    ),
+)
 def lens(
     model: ModelArgument,
     data: Annotated[

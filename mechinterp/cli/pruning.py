@@ -13,6 +13,7 @@ from mechinterp.cli.shared import (
     Seed,
     app,
     check_out,
+    examples,
     load_any,
     print_table,
     read_names,
@@ -22,7 +23,13 @@ from mechinterp.cli.shared import (
 from mechinterp.names import unknown
 
 
-@app.command()
+@app.command(
+    short_help="Cut heads out, and get a smaller model.",
+    epilog=examples(
+        "prune embedded induction --steps 8 --dry-run",
+        "prune smollm2-135m book.txt --share 0.2 --fold mean --heal 100 --out smaller",
+    ),
+)
 def prune(
     model: ModelArgument,
     data: Annotated[

@@ -11,12 +11,19 @@ from mechinterp.cli.shared import (
     ModelArgument,
     Seed,
     app,
+    examples,
     load_any,
     print_table,
 )
 
 
-@app.command()
+@app.command(
+    short_help="Say which heads do the same.",
+    epilog=examples(
+        "redundancy embedded induction --out atlas",
+        "redundancy smollm2-135m book.txt --task ioi",
+    ),
+)
 def redundancy(
     model: ModelArgument,
     data: Annotated[

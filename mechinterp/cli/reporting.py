@@ -5,10 +5,13 @@ from typing import Annotated
 
 import typer
 
-from mechinterp.cli.shared import app
+from mechinterp.cli.shared import app, examples
 
 
-@app.command()
+@app.command(
+    short_help="Write results as one HTML file.",
+    epilog=examples("report z.nc -o z.html", "report runs/heads -o heads.html"),
+)
 def report(
     source: Annotated[
         Path,
@@ -21,11 +24,7 @@ def report(
     ),
     title: Annotated[str | None, typer.Option(help="What stands at the top.")] = None,
 ) -> None:
-    """Write saved results as one interactive HTML file that needs no network.
-
-    For example: mechinterp patch embedded induction z --out z.nc, then
-    mechinterp report z.nc -o z.html.
-    """
+    """Write saved results as one interactive HTML file that needs no network."""
     import mechinterp as mi
 
     mi.report(source, out, title=title)

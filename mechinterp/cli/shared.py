@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="mechinterp",
     help="Find the circuit behind a transformer's behaviour, and prove it causally.",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -52,6 +51,11 @@ Memory = Annotated[
 Out = Annotated[
     Path | None, typer.Option(help="Save the result here (.nc), and its figure beside it.")
 ]
+
+
+def examples(*lines: str) -> str:
+    """Return what stands below a command's help: calls of it, as they are typed."""
+    return "\b\nExamples:\n" + "\n".join(f"  mechinterp {line}" for line in lines)
 
 
 def check_out(out: Path | None) -> None:

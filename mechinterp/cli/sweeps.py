@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mechinterp.cli.shared import app, print_table
+from mechinterp.cli.shared import app, examples, print_table
 
 if TYPE_CHECKING:
     from mechinterp.sweeps.opened import Found, Status, SweepRun
@@ -19,7 +19,9 @@ _SHOWN = 30
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run.")]
 
 
-@app.command()
+@app.command(
+    short_help="Write a spec to start a sweep from.", epilog=examples("init sweep.yaml")
+)
 def init(
     path: Annotated[Path, typer.Argument(metavar="SPEC.yaml")] = Path("sweep.yaml"),
     schema: Annotated[
@@ -42,7 +44,13 @@ def init(
     typer.echo(f"Wrote {path}. Next: mechinterp run {path} --out {path.stem} --dry-run")
 
 
-@app.command()
+@app.command(
+    short_help="Run a sweep, from where it stopped.",
+    epilog=examples(
+        "run sweep.yaml --out runs/first --dry-run",
+        "run sweep.yaml --out runs/first --workers 2",
+    ),
+)
 def run(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="A .yaml or .toml file.")],
     out: Annotated[Path, typer.Option(help="The run's folder, on a local disk.")],
@@ -121,7 +129,7 @@ def _ended(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-@app.command()
+@app.command(short_help="Say how far a sweep is.", epilog=examples("status runs/first"))
 def status(
     folder: RunFolder,
     json_lines: Annotated[bool, typer.Option("--json", help="As one line of JSON.")] = False,
@@ -159,7 +167,14 @@ def _account(now: "Status") -> str:
     return "\n".join(lines)
 
 
-@app.command()
+@app.command(
+    short_help="Show what a sweep found.",
+    epilog=examples(
+        "results runs/first",
+        "results runs/first --sql 'SELECT method, count(*) AS n FROM numbers GROUP BY method'",
+        "results runs/first --csv numbers.csv",
+    ),
+)
 def results(
     folder: RunFolder,
     sql: Annotated[
@@ -222,7 +237,10 @@ def _line(found: "Found", labels: dict[str, Any]) -> dict[str, Any]:
     return shown | {"complete": "yes" if found.complete else "no"}
 
 
-@app.command()
+@app.command(
+    short_help="Compare two sweeps number by number.",
+    epilog=examples("diff runs/first runs/second --tolerance 1e-5"),
+)
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="The folder of a run.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The folder of another.")],
