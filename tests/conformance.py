@@ -5,6 +5,7 @@ A method is a public function that returns a ``Result``. Each one has an entry i
 """
 
 import inspect
+import re
 import typing
 import warnings
 from collections.abc import Callable, Mapping
@@ -203,6 +204,7 @@ def check_method(
     assert type(result).load(path).equals(result), "a saved result came back changed"
     assert mi.load_result(path).equals(result), "load_result gave another value"
     _draws_and_tabulates(result)
+    _shows_itself(result, folder)
     if method.idle is not None:
         effect = call(method.idle(model)).effect
         if mi.pruning_of(model).heads:  # where a layer lacks a head that another has
@@ -267,6 +269,15 @@ def _draws_and_tabulates(result: Result) -> None:
     assert len(top) == min(3, result.effect.size)
     ranked = top["effect" if "effect" in top.columns else next(iter(result.convention.metrics))]
     assert list(ranked.abs()) == sorted(ranked.abs(), reverse=True)
+
+
+def _shows_itself(result: Result, folder: Path) -> None:
+    shown = result._repr_html_()
+    assert "<img" in shown and "<table" in shown, "a notebook shows no picture or no numbers"
+    html = mi.report(result, folder / "result.html").read_text(encoding="utf-8")
+    kinds = set(re.findall(r'"kind": ?"(\w+)"', html))
+    assert "table" in kinds and len(kinds) > 1, f"the report has nothing to look at: {kinds}"
+    assert "Cannot be drawn" not in html
 
 
 def mi_axes() -> Axes:

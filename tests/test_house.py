@@ -29,8 +29,8 @@ FLOORS = [
     ["lens"],
     ["causal"],
     ["heads"],
-    ["report"],
     ["sweeps"],
+    ["report"],
     ["quickstart"],
     ["cli"],
 ]

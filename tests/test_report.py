@@ -15,8 +15,11 @@ import xarray as xr
 from matplotlib.figure import Figure
 from test_cli import run
 from test_plotting import patching
+from zoo import zoo
 
 import mechinterp as mi
+from mechinterp.report import writing
+from mechinterp.sweeps import local
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -146,6 +149,35 @@ def test_a_folder_becomes_one_report_with_what_was_left_out(tmp_path):
     assert re.findall(r'<li><a href="#result-\d"><bdi>([^<]*)', html) == ["b", "more/a"]
     assert "Left out: " in html and "c.nc cannot be read as a result" in html
     assert "<h1><bdi>runs</bdi></h1>" in html
+
+
+def test_a_sweeps_run_becomes_one_report_a_section_a_call(tmp_path, monkeypatch):
+    spec = {
+        "name": "two sites",
+        "models": "tiny",
+        "tasks": "induction",
+        "prompts": 2,
+        "methods": [{"method": "activation_patching", "sites": ["z", "resid_pre"]}],
+    }
+    made = mi.run(spec, tmp_path / "run", models={"tiny": zoo("native_attn")}, output="quiet")
+    html = mi.report(tmp_path / "run", tmp_path / "a.html").read_text(encoding="utf-8")
+    assert html == mi.report(made, tmp_path / "b.html").read_text(encoding="utf-8")
+    assert re.findall(r'<li><a href="#result-\d"><bdi>([^<]*)', html) == [
+        "activation patching · induction · site z",
+        "activation patching · induction · site resid_pre",
+    ]
+    assert "<h1><bdi>two sites</bdi></h1>" in html
+    monkeypatch.setattr(writing, "_MOST_CALLS", 1)
+    html = mi.report(made, tmp_path / "b.html").read_text(encoding="utf-8")
+    assert "Left out: 1 more calls of the run" in html and "site resid_pre" not in html
+
+
+def test_a_run_with_nothing_done_has_nothing_to_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(local.Workbench, "do", lambda *_: 1 / 0)
+    spec = {"models": "tiny", "tasks": "induction", "prompts": 2, "methods": "head_ablation"}
+    mi.run(spec, tmp_path / "run", models={"tiny": zoo("native_attn")}, output="quiet")
+    with pytest.raises(ValueError, match=r"nothing is done in .*run yet"):
+        mi.report(tmp_path / "run", tmp_path / "a.html")
 
 
 def test_what_is_no_result_is_refused_with_the_reason(tmp_path):

@@ -16,7 +16,8 @@ def report(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="RESULT_OR_FOLDER", help="A saved result (.nc), or a folder of them."
+            metavar="RESULT_OR_FOLDER",
+            help="A saved result (.nc), a folder of them, or the folder of a run.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")] = Path(

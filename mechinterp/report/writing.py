@@ -1,4 +1,4 @@
-"""Writing a report: from a result, a saved one or a folder of them to one HTML file."""
+"""Writing a report: from a result, a folder of them, or a sweep's run to one HTML file."""
 
 import os
 from collections.abc import Mapping
@@ -8,8 +8,11 @@ from mechinterp._files import written_beside
 from mechinterp.report.contents import panels_of
 from mechinterp.report.page import Section, page
 from mechinterp.results import Result, load_result
+from mechinterp.sweeps.opened import SweepRun, open_run, telling
+from mechinterp.sweeps.places import Place
 
-Source = Result | Mapping[str, Result] | str | os.PathLike[str]
+Source = Result | Mapping[str, Result] | SweepRun | str | os.PathLike[str]
+_MOST_CALLS = 60  # of a run in one file; each takes some 100 kB
 
 
 def report(
@@ -27,8 +30,9 @@ def report(
 
     Args:
         source: A result, a file that ``save`` wrote, or a folder of such files (``.nc``, also
-            in folders inside it), which become one report with a table of contents; or results
-            by name, in their order.
+            in folders inside it), which become one report with a table of contents; a sweep's
+            run, or its folder, of which what is done is shown, 60 calls at most; or results by
+            name, in their order.
         path: Where to write, ending in ``.html``. Completely or not at all.
         title: What stands at the top. Default: the name of the data or of the folder.
         account: Plain text to begin with.
@@ -39,7 +43,7 @@ def report(
     Raises:
         FileNotFoundError: There is no such file or folder, or none to write to.
         ValueError: ``path`` does not end in ``.html``, a file is not a result, or a folder has
-            none.
+            none, or a run where nothing is done yet.
         OSError: The file cannot be written; an older one stays as it was.
     """
     final = Path(path)
@@ -50,6 +54,8 @@ def report(
             f"cannot write {final}: the folder {final.absolute().parent} does not exist. "
             "Create it first."
         )
+    if isinstance(source, str | os.PathLike) and Place(Path(source)).ledger.exists():
+        source = open_run(source)
     named, left_out = _results(source)
     sections = [Section(name, result, panels_of(result)) for name, result in named]
     if title is None:
@@ -61,6 +67,8 @@ def report(
 
 
 def _title(source: Source, first: str) -> str:
+    if isinstance(source, SweepRun):
+        return str(source.spec.get("name", source.folder.name))
     if isinstance(source, str | os.PathLike):
         place = Path(source).resolve()
         return place.name if place.is_dir() else place.stem
@@ -76,9 +84,44 @@ def _results(source: Source) -> tuple[list[tuple[str, Result]], list[str]]:
         if not source:
             raise ValueError("there are no results to report. Name at least one.")
         return list(source.items()), []
+    if isinstance(source, SweepRun):
+        return _of_run(source)
     place = Path(source)
     if not place.is_dir():
         return [(place.stem, load_result(place))], []
+    return _of_folder(place)
+
+
+def _of_run(run: SweepRun) -> tuple[list[tuple[str, Result]], list[str]]:
+    """Return what is done of a run, call by call, named by what tells the calls apart."""
+    done = run.results()
+    if not len(done):
+        raise ValueError(f"nothing is done in {run.folder} yet, so there is nothing to report.")
+    labels = telling([each.item for each in done])
+    differ = {
+        name for told in labels for name in told if len({str(t.get(name)) for t in labels}) > 1
+    }
+    found, left_out = [], []
+    for each, told in zip(list(done)[:_MOST_CALLS], labels, strict=False):
+        words = [str(each.item.method).replace("_", " "), str(each.item.labels["data"])]
+        words += [
+            f"{name} {value}"
+            for name, value in told.items()
+            if name in differ - {"method", "data"} and value is not None
+        ]
+        name = " · ".join(word for word in words if word)
+        found.append((name, each.result))
+        if not each.complete:
+            left_out.append(f"{name}: parts of it are not done yet.")
+    if len(done) > _MOST_CALLS:
+        left_out.append(
+            f"{len(done) - _MOST_CALLS} more calls of the run. mi.report takes them, too: "
+            "run = mi.open_run(folder), then run.results(method=..., site=...)[0].result."
+        )
+    return found, left_out
+
+
+def _of_folder(place: Path) -> tuple[list[tuple[str, Result]], list[str]]:
     found, left_out = [], []
     for each in sorted(place.rglob("*.nc")):
         name = str(each.relative_to(place).with_suffix(""))
