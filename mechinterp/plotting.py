@@ -24,6 +24,7 @@ from mechinterp.stats import bootstrap_interval
 
 DIVERGING = "RdBu_r"
 SEQUENTIAL = "Blues"
+UP, DOWN = "#D6604D", "#4393C3"  # positive and negative, as the diverging scale has them
 # Okabe and Ito's palette, without yellow, which is too light for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 NOTEBOOK_WIDTH = 9.0  # inches
@@ -278,23 +279,36 @@ def waterfall(
     """Draw what adds up to a total: every bar starts where the last one ended.
 
     ``bars`` maps names to values per prompt, the last one being the total, which stands on the
-    axis. The first ``ends - 1`` bars are grey like the total; others are blue upwards and red
-    downwards. Lines are 95 % intervals of the means. ``label`` is the unit's axis.
+    axis. The first ``ends - 1`` bars are grey like the total; others are red upwards and blue
+    downwards, as in grids. Lines are 95 % intervals of the means. A part with NaN is said not
+    to have been measured. ``label`` is the unit's axis.
     """
     ax = ax if ax is not None else new_axes(NOTEBOOK_WIDTH, 1.1 + 0.26 * len(bars))
-    values = np.stack(list(bars.values()))
+    values = np.stack([np.asarray(each, dtype=float) for each in bars.values()])
+    missing = np.isnan(values).any(1)
+    values = np.where(missing[:, None], 0.0, values)
     means = values.mean(1)
     y = np.arange(len(bars))
     starts = np.concatenate([[0.0], np.cumsum(means[:-1])])
     starts[-1] = 0.0  # the total stands on the axis
-    signs = [COLOURS[1] if mean < 0 else COLOURS[0] for mean in means]
+    signs = [DOWN if mean < 0 else UP for mean in means]
     colours = ["0.35" if i < ends - 1 or i == len(y) - 1 else c for i, c in enumerate(signs)]
     ax.barh(y, means, left=starts, color=colours, height=0.7)
     reached = np.cumsum(means[:-1])
     ax.vlines(reached, y[:-1] + 0.35, y[1:] - 0.35, color="0.6", linewidth=0.7)
     if values.shape[1] > 1:
         low, high = bootstrap_interval(values)
-        ax.hlines(y, starts + low, starts + high, color="0.1", linewidth=1.2)
+        ax.hlines(
+            y[~missing],
+            (starts + low)[~missing],
+            (starts + high)[~missing],
+            color="0.1",
+            lw=1.2,
+        )
+    for place in y[missing]:
+        ax.text(
+            starts[place], place, " not measured", fontsize=_SMALL, va="center", color="0.4"
+        )
     ax.axvline(0, color="0.4", linewidth=0.8)
     ax.set_yticks(y, [drawable(name) for name in bars], fontsize=_SMALL)
     ax.invert_yaxis()
@@ -357,7 +371,7 @@ def _finish_grid(
     if label is not None:
         bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.08, aspect=30)
         missing = np.ma.is_masked(mesh.get_array())
-        bar.set_label(f"{label}; hatched: none" if missing else label, fontsize=9)
+        bar.set_label(f"{label}; hatched: not measured" if missing else label, fontsize=9)
         bar.ax.tick_params(labelsize=_SMALL, length=2)
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 

@@ -9,7 +9,9 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import xarray as xr
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 from test_plotting import patching, texts
@@ -102,7 +104,7 @@ def test_the_fingerprint_tells_pictures_apart():
 def test_missing_cells_are_hatched_and_the_scale_says_so():
     ax = plotting.heat_grid(tokens_by_layers(), label="effect")
     assert ax.patch.get_hatch()
-    assert ax.figure.axes[1].get_ylabel() == "effect; hatched: none"
+    assert ax.figure.axes[1].get_ylabel() == "effect; hatched: not measured"
 
 
 @pytest.mark.parametrize("length", [1, 6, 500])
@@ -176,6 +178,19 @@ def test_a_node_steps_aside_when_an_arrow_passes():
         assert abs(at["1.0"][0] - passing) > 0.08
 
 
+def test_a_waterfall_has_the_colours_of_grids_and_says_what_was_not_measured():
+    bars = {"up": [2.0, 1.0], "down": [-1.0, -1.0], "lost": [np.nan, 1.0], "total": [1.0, 0.0]}
+    ax = plotting.waterfall({name: np.array(each) for name, each in bars.items()})
+    colours = [to_hex(bar.get_facecolor()).upper() for bar in ax.patches]
+    assert colours[:2] == [plotting.UP, plotting.DOWN]
+    scale = colormaps[plotting.DIVERGING]
+    for colour, place in ((plotting.UP, 0.8), (plotting.DOWN, 0.2)):
+        assert to_rgb(colour) == pytest.approx(scale(place)[:3], abs=0.02)
+    assert [text.get_text() for text in ax.texts] == [" not measured"]
+    assert [bar.get_x() for bar in ax.patches] == pytest.approx([0, 1.5, 0.5, 0])
+    assert len(ax.collections[1].get_segments()) == 3, "an interval of what was not measured"
+
+
 def test_a_waterfall_ends_at_its_total():
     rng = np.random.default_rng(0)
     bars = {name: rng.normal(size=5) for name in ("a", "b", "c")}
@@ -185,3 +200,52 @@ def test_a_waterfall_ends_at_its_total():
     for left, right in pairwise(boxes[:-1]):
         assert left.get_x() + left.get_width() == pytest.approx(right.get_x())
     assert boxes[-2].get_x() + boxes[-2].get_width() == pytest.approx(boxes[-1].get_width())
+
+
+def lens_of(length: int) -> mi.LensResult:
+    """A lens result of one prompt of hostile tokens, with made-up numbers."""
+    rng = np.random.default_rng(0)
+    dims = ("prompt", "layer", "position")
+    words = np.array([HOSTILE[i % len(HOSTILE)] for i in range(length)])
+    shape = (1, 3, length)
+    numbers = {
+        name: (dims, rng.random(shape)) for name in ("top_prob", "entropy", "kl", "surprisal")
+    }
+    data = xr.Dataset(
+        {
+            **numbers,
+            "top_id": (dims, rng.integers(0, 9, shape)),
+            "top_token": (dims, np.broadcast_to(words, shape)),
+        },
+        {
+            "prompt": [0],
+            "layer": range(3),
+            "position": range(length),
+            "token": (("prompt", "position"), words[None]),
+        },
+    )
+    told = patching(layer=range(2)).convention
+    settings = {"lens": "logit"}
+    return mi.LensResult(
+        data, replace(told, method="logit_lens", metrics={"kl": "nats"}, settings=settings)
+    )
+
+
+@pytest.mark.parametrize("length", [2, 6, 500])
+def test_hostile_and_many_tokens_are_drawn_in_a_lens_table(length):
+    ax = lens_of(length).plot(prompt=0)
+    assert len(ax.get_xticks()) == min(length, 16)
+    png_of(ax)
+
+
+def test_a_part_of_a_lens_table_is_drawn_and_a_wrong_one_refused():
+    result = lens_of(40)
+    ax = result.plot(prompt=0, start=10, stop=35)
+    words = texts(ax.texts)
+    assert len(ax.get_xticks()) == 25 and "positions 10 to 34 of 40" in words
+    narrow = result.plot(prompt=0, start=10, stop=13)
+    assert figure_of(narrow).get_figwidth() < figure_of(ax).get_figwidth()
+    with pytest.raises(ValueError, match="start=40 and stop=56: prompt 0 has 40, from 0 on"):
+        result.plot(prompt=0, start=40)
+    with pytest.raises(ValueError, match=r"prompt 3 was not read: there are 0\.\.0"):
+        result.plot(prompt=3)

@@ -172,6 +172,21 @@ def test_a_sweeps_run_becomes_one_report_a_section_a_call(tmp_path, monkeypatch)
     assert "Left out: 1 more calls of the run" in html and "site resid_pre" not in html
 
 
+def test_the_circuit_of_paths_and_the_tree_of_heads_are_drawn(tmp_path):
+    model = zoo("gpt2")
+    task = mi.load_task("induction", model, 2)
+    text = mi.Text.from_tokens(model, [[1, 5, 9, 5, 9, 5, 2, 3, 7, 3, 8, 4]] * 2)
+    for result, title in (
+        (mi.path_patching(model, task, "logits", positions="end"), "The circuit"),
+        (mi.attribution_patching(model, task, method="eap"), "The circuit"),
+        (mi.redundancy_atlas(model, text, queries=8), "Heads by likeness"),
+        (patching(layer=range(2)), None),
+    ):
+        html = mi.report(result, tmp_path / "a.html").read_text(encoding="utf-8")
+        drawn = re.findall(r"<summary>(The circuit|Heads by likeness)</summary>", html)
+        assert drawn == ([] if title is None else [title])
+
+
 def test_a_run_with_nothing_done_has_nothing_to_report(tmp_path, monkeypatch):
     monkeypatch.setattr(local.Workbench, "do", lambda *_: 1 / 0)
     spec = {"models": "tiny", "tasks": "induction", "prompts": 2, "methods": "head_ablation"}

@@ -45,6 +45,11 @@ def diagram(
     return ax
 
 
+def has_edges(effect: xr.DataArray, convention: Convention) -> bool:
+    """Whether a result is about edges, not places."""
+    return "receiver" in effect.dims or "receivers" in convention.settings
+
+
 def edges_of(effect: xr.DataArray, convention: Convention, signed: bool = True) -> list[Edge]:
     """Return every measured edge of a result with its mean effect over prompts.
 
@@ -52,7 +57,7 @@ def edges_of(effect: xr.DataArray, convention: Convention, signed: bool = True) 
         ValueError: The result is not about edges.
     """
     told = convention.settings
-    if "receiver" not in effect.dims and "receivers" not in told:
+    if not has_edges(effect, convention):
         raise ValueError(
             f"{convention.method} measured places, not edges, so there are no paths to draw. "
             "Use mi.path_patching, or mi.attribution_patching(method='eap')."

@@ -141,7 +141,10 @@ class AttentionPatterns(Result):
     ) -> Axes:
         shown = self.pattern(head, prompt).values[start:stop, start:stop]
         if not shown.size:
-            raise ValueError(f"no position lies between start={start} and stop={stop}.")
+            raise ValueError(
+                f"no position lies between start={start} and stop={stop}: there are "
+                f"{len(self.tokens(prompt))}."
+            )
         ax = plotting.attention_pattern(
             shown, self.tokens(prompt)[start:stop], ax=ax, colour_bar=colour_bar
         )

@@ -78,6 +78,7 @@ class LensResult(Result):
         prompt: int | None = None,
         value: Value | None = None,
         start: int = 0,
+        stop: int | None = None,
     ) -> Axes:
         """Draw one prompt as a grid of layers and tokens, or several as lines over layers.
 
@@ -90,10 +91,12 @@ class LensResult(Result):
             prompt: Which prompt to draw as a grid; by default the only one.
             value: What is drawn. Default: a grid's colours are probabilities of the first
                 choice; lines are ranks of the targets, of running text the surprisal.
-            start: The first position of the grid, which holds 16.
+            start: The first position of the grid, counted from the prompt's first.
+            stop: The one after the last; 16 after ``start`` by default.
 
         Raises:
-            ValueError: The value was not measured.
+            ValueError: The value was not measured; there is no such prompt, or no position in
+                the range.
         """
         if value is not None and value not in self.data and value not in LABELS:
             raise ValueError(f"value={value!r} is none of {', '.join(LABELS)}.")
@@ -108,7 +111,7 @@ class LensResult(Result):
         many = self.data.sizes["prompt"] > 1 or self.data.sizes["position"] == 1
         if prompt is None and many:
             return self._lines(ax, value)
-        return self._grid(ax, 0 if prompt is None else prompt, value or "prob", start)
+        return self._grid(ax, 0 if prompt is None else prompt, value or "prob", start, stop)
 
     def figure(self) -> Figure:
         """Draw what happens along the layers: rank, probability and entropy beside each other.
@@ -142,10 +145,21 @@ class LensResult(Result):
         figure.suptitle(heading, fontsize=10, x=0.01, ha="left")
         return figure
 
-    def _grid(self, ax: Axes | None, prompt: int, value: str, start: int) -> Axes:
+    def _grid(
+        self, ax: Axes | None, prompt: int, value: str, start: int, stop: int | None
+    ) -> Axes:
+        prompts = self.data.sizes["prompt"]
+        if not 0 <= prompt < prompts:
+            raise ValueError(f"prompt {prompt} was not read: there are 0..{prompts - 1}.")
         data = self.data.isel(prompt=prompt)
         inside = np.flatnonzero((data["top_id"] >= 0).any("layer").values)
-        shown = data.isel(position=inside[start : start + _MOST_COLUMNS])
+        end = start + _MOST_COLUMNS if stop is None else stop
+        if not 0 <= start < min(end, len(inside)):
+            raise ValueError(
+                f"no position lies between start={start} and stop={end}: prompt {prompt} has "
+                f"{len(inside)}, from 0 on."
+            )
+        shown = data.isel(position=inside[start:end])
         colours = shown["top_prob" if value == "prob" else value]
         colours = colours.isel(target=0) if "target" in colours.dims else colours
         words = [[str(word) for word in row] for row in shown["top_token"].values]
@@ -167,7 +181,7 @@ class LensResult(Result):
         ax.set_xlabel("token read, in its order")
         note = f"positions {start} to {start + len(columns) - 1} of {len(inside)}"
         plotting.title(
-            ax, self._title(f"prompt {prompt}"), note if len(inside) > _MOST_COLUMNS else ""
+            ax, self._title(f"prompt {prompt}"), note if len(inside) > len(columns) else ""
         )
         return ax
 

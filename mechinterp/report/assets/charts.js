@@ -1,8 +1,8 @@
 "use strict";
 // Grids, lines and waterfalls, drawn by Observable Plot.
 
-Report.RED = "#D55E00";
-Report.BLUE = "#0072B2";
+Report.UP = "#D6604D"; // as the diverging scale of grids has positive and negative
+Report.DOWN = "#4393C3";
 Report.PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#888888"];
 
 // One grid: values(row, column) as colours; NaN is grey with a cross.
@@ -250,9 +250,9 @@ Report.draw.waterfall = (body, told) => {
     const rest = all.filter((a) => !kept.has(a.i));
     if (rest.length) bars.push({ name: `${rest.length} others`, v: d3.sum(rest, (a) => a.v), i: -1 });
     let sum = 0;
-    bars.forEach((bar) => { bar.start = sum; sum += bar.v; bar.end = sum; });
+    bars.forEach((bar) => { bar.start = sum; sum += bar.v || 0; bar.end = sum; }); // NaN: not measured
     bars.push({ name: "total", v: sum, start: 0, end: sum, i: -2 });
-    const colour = (bar) => (bar.i === -2 ? "var(--soft)" : bar.v < 0 ? Report.RED : Report.BLUE);
+    const colour = (bar) => (bar.i === -2 ? "var(--soft)" : bar.v < 0 ? Report.DOWN : Report.UP);
     const marginLeft = 30 + 6.4 * Math.min(16, d3.max(bars, (b) => b.name.length));
     const svg = Plot.plot({
       width: Math.min(900, chart.area.clientWidth || 700), height: 21 * bars.length + 60,
