@@ -181,7 +181,9 @@ class Activations(Mapping[Key, Tensor]):
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"there is no activation file {path}.")
+            raise FileNotFoundError(
+                f"there is no activation file {path}. Activations.save writes one."
+            )
         try:
             with safe_open(path, framework="pt") as store:
                 metadata = store.metadata() or {}

@@ -44,7 +44,7 @@ def path_diagram(edges: Sequence[Edge], *, ax: Axes | None = None, label: str = 
         ValueError: There are no edges.
     """
     if not edges:
-        raise ValueError("there are no edges to draw.")
+        raise ValueError("there are no edges to draw. Pass at least one.")
     places = _places(edges)
     heights = sorted({node.layer for node in places})
     widest = max(sum(node.layer == height for node in places) for height in heights)

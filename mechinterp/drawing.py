@@ -68,7 +68,9 @@ def _part(cells: xr.Dataset, shown: slice) -> xr.Dataset:
     if shown == slice(0, None) or shown == slice(None):
         return cells
     if "position" not in cells.dims:
-        raise ValueError("there is no axis of positions to show a part of.")
+        raise ValueError(
+            "there is no axis of positions to show a part of. Leave start and stop out."
+        )
     part = cells.isel(position=shown)
     if not part.sizes["position"]:
         raise ValueError(

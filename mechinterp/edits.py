@@ -85,7 +85,10 @@ class Edit(ABC):
         if self.heads is not None and head_axis(self.site) is None:
             raise ValueError(f"{self.site} has no head axis. Leave heads out.")
         if self.neurons is not None and self.site != "mlp_post":
-            raise ValueError(f"neurons are at mlp_post, not at {self.site}.")
+            raise ValueError(
+                f"neurons are at mlp_post, not at {self.site}. "
+                "Leave neurons out, or edit mlp_post."
+            )
         if self.key_positions != "all" and "key_pos" not in AXES[self.site]:
             raise ValueError(f"{self.site} has no key positions. They are for scores, pattern.")
 
@@ -356,7 +359,10 @@ class Project(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.direction.ndim != 1 or not float(self.direction.norm()) > 0:
-            raise ValueError("the direction to project out must be one vector [d], not zero.")
+            raise ValueError(
+                "the direction to project out must be one vector [d], not zero. "
+                "Pass one, such as a difference of means."
+            )
 
     def new(self, own: Float[Tensor, "row ..."], rows: Selected) -> Float[Tensor, "row ..."]:
         """Return ``own`` without its component along the direction."""
@@ -459,7 +465,10 @@ def load_edits(path: str | Path) -> list[Edit]:
             raise ValueError(f"{beside} is cut short or not safetensors: {error}.") from error
         for name, tensor in tensors.items():
             if _sha256(tensor) != name:
-                raise ValueError(f"{beside} was changed: tensor {name[:12]}… has another hash.")
+                raise ValueError(
+                    f"{beside} was changed: tensor {name[:12]}… has another hash. "
+                    "Save the edits again."
+                )
     try:
         return [edit_from_dict(each, tensors) for each in document["edits"]]
     except (KeyError, TypeError, AttributeError) as error:
@@ -535,7 +544,10 @@ def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
 def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     def stored(name: str) -> Tensor:
         if name not in tensors:
-            raise ValueError(f"the tensor {name[:12]}… of an edit is missing from its file.")
+            raise ValueError(
+                f"the tensor {name[:12]}… of an edit is missing from its file. "
+                "Save the edits again."
+            )
         return tensors[name]
 
     if isinstance(value, list):

@@ -316,7 +316,9 @@ def _checked_folder(folder: Path) -> Path:
             f"{folder} holds other files, and no earlier quickstart. Pass another --out."
         )
     if not folder.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder {folder.absolute().parent} does not exist.")
+        raise FileNotFoundError(
+            f"the folder {folder.absolute().parent} does not exist. Create it first."
+        )
     return folder
 
 

@@ -368,7 +368,10 @@ def load_result(path: str | PathLike[str]) -> Result:
 
 def _read(path: Path) -> tuple[str, xr.Dataset, Convention]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, so there is no result to load.")
+        raise FileNotFoundError(
+            f"{path} does not exist, so there is no result to load. "
+            "result.save(path) writes one."
+        )
     try:
         # Decoding of times is off: a metric's unit is a word, and may look like "days since".
         with xr.open_dataset(path, engine="h5netcdf", decode_times=False) as opened:
@@ -380,7 +383,9 @@ def _read(path: Path) -> tuple[str, xr.Dataset, Convention]:
         ) from error
     kind = data.attrs.get("mechinterp_result")
     if kind is None:
-        raise ValueError(f"{path} is a netCDF file, but not one that mechinterp wrote.")
+        raise ValueError(
+            f"{path} is a netCDF file, but not one that mechinterp wrote. Read it with xarray."
+        )
     if data.attrs["mechinterp_format"] > FORMAT:
         raise ValueError(
             f"{path} has format {data.attrs['mechinterp_format']}, this version reads up to "
@@ -405,4 +410,6 @@ def _as_json(value: object, name: str) -> Any:
 
 def _refuse_null(name: str, values: np.ndarray) -> None:
     if values.dtype.kind in "OU" and any("\0" in str(label) for label in values.flat):
-        raise ValueError(f"labels of {name!r} contain a null character, which netCDF cuts off.")
+        raise ValueError(
+            f"labels of {name!r} contain a null character, which netCDF cuts off. Take it out."
+        )

@@ -132,7 +132,7 @@ def locate(model: TransformerBridge, site: str, layer: int | None = None) -> Pla
         if "out" not in block.mlp.submodules:
             raise MissingSiteError(
                 f"mlp_post does not exist: the MLP of layer {layer} "
-                f"({type(block.mlp).__name__}) has no single layer of neurons."
+                f"({type(block.mlp).__name__}) has no single layer of neurons. Use mlp_out."
             )
         return Place(site, layer, prefix + "mlp.out.hook_in")
     if "attn" not in block.submodules:
@@ -178,7 +178,8 @@ def _resid_mid(block: Any, layer: int) -> Place:
     prefix = f"blocks.{layer}."
     if "mlp" not in block.submodules:
         raise MissingSiteError(
-            f"resid_mid does not exist: layer {layer} has no MLP, so nothing lies between."
+            f"resid_mid does not exist: layer {layer} has no MLP, so nothing lies between. "
+            "Use resid_post."
         )
     if is_post_norm(block):
         return Place("resid_mid", layer, prefix + "ln1.hook_out")
@@ -262,7 +263,7 @@ def resolve_layers(
             )
     resolved = [layer % n_layers for layer in asked]
     if len(set(resolved)) < len(resolved):
-        raise ValueError(f"layers {asked} names a layer twice.")
+        raise ValueError(f"layers {asked} names a layer twice. Name each once.")
     for layer in resolved:
         locate(model, site, layer)
     return list(resolved)
@@ -338,5 +339,5 @@ def resolve_heads(
             )
     resolved = [head % count for head in asked]
     if len(set(resolved)) < len(resolved):
-        raise ValueError(f"heads {asked} names a head twice.")
+        raise ValueError(f"heads {asked} names a head twice. Name each once.")
     return resolved

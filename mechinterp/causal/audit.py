@@ -66,7 +66,8 @@ def audit(
     task = as_data(data, accepts=(Task,), method="audit")
     if not isinstance(result, AttributionResult):
         raise TypeError(
-            f"audit takes the result of mi.attribution_patching, not a {type(result).__name__}."
+            "audit takes the result of mi.attribution_patching, not a "
+            f"{type(result).__name__}. Pass that."
         )
     for name, value in (("k", k), ("per_stratum", per_stratum), ("strata", strata)):
         if value < 1:

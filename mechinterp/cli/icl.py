@@ -84,7 +84,9 @@ def _documents(data: str) -> list[str] | None:
     if path.is_dir():
         files = sorted(path.glob("*.txt"))
         if not files:
-            raise FileNotFoundError(f"{path} has no .txt files in it.")
+            raise FileNotFoundError(
+                f"{path} has no .txt files in it. Name a folder that has, or one file."
+            )
         return [file.read_text(encoding="utf-8") for file in files]
     return [path.read_text(encoding="utf-8")] if path.suffix == ".txt" else None
 

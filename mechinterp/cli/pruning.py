@@ -87,7 +87,7 @@ def prune(
     """
     check_out(curve)
     if share is not None and not 0 < share < 1:
-        raise ValueError(f"--share {share} must lie between 0 and 1.")
+        raise ValueError(f"--share {share} must lie between 0 and 1. Pass 0.2 for a fifth.")
     if out is not None and share is None:
         raise ValueError("--out saves the smaller model, so say how much goes: --share 0.2.")
     if heal < 0 or (heal and share is None):

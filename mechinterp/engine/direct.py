@@ -39,7 +39,8 @@ class HeldNorm:
         if not off <= (1e-5 if inputs.dtype.itemsize >= 4 else 2e-2) * size:
             raise RuntimeError(
                 f"{type(module).__name__} differs by {off:.3g} from a norm with a scale, a "
-                "gain and a bias, so its inputs have no shares in what it gives."
+                "gain and a bias, so its inputs have no shares in what it gives. "
+                "Use mi.path_patching to 'logits'."
             )
 
     def share(

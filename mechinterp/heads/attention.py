@@ -57,7 +57,10 @@ def attention_patterns(
     every = [part.pair for part in every_part(model, "z") if part.layer in _layers(model)]
     asked = every if heads is None else resolved_heads(model, heads)
     if not asked:
-        raise ValueError(f"{model.cfg.model_name} has no attention patterns.")
+        raise ValueError(
+            f"{model.cfg.model_name} has no attention patterns. "
+            "Use a model whose layers attend."
+        )
 
     sharp = np.full((len(rows), len(asked)), np.nan)
 

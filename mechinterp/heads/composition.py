@@ -101,7 +101,10 @@ def composition(model: TransformerBridge) -> Composition:
     """
     layers = site_layers(model, "z")
     if not layers:
-        raise ValueError(f"{model.cfg.model_name} has no attention heads, so none compose.")
+        raise ValueError(
+            f"{model.cfg.model_name} has no attention heads, so none compose. "
+            "Use a model that has some."
+        )
     parts = [_parts(model, layer) for layer in layers]
     heads = max(len(part.write) for part in parts)
     d_model = parts[0].write.shape[-1]

@@ -166,7 +166,9 @@ def _check(
             "token. Use a causal language model."
         )
     if all(n_heads(model, "z", layer) < 2 for layer in site_layers(model, "z")):
-        raise ValueError("no layer has a second head to match a candidate with.")
+        raise ValueError(
+            "no layer has a second head to match a candidate with. Use a model that has."
+        )
 
 
 def _candidates(

@@ -210,7 +210,8 @@ class InductionDossier:
         index = folder / "dossier.json"
         if not index.is_file():
             raise FileNotFoundError(
-                f"there is no dossier in {folder}: dossier.json is missing."
+                f"there is no dossier in {folder}: dossier.json is missing. "
+                "InductionDossier.save writes one."
             )
         told = json.loads(index.read_text(encoding="utf-8"))
         if told.get("mechinterp_dossier") != _FORMAT:

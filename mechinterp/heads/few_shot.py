@@ -80,7 +80,8 @@ def few_shot(
     other = _content(pairs, content)
     if "new_content" in kinds and len(other) < numbers[-1]:
         raise ValueError(
-            f"content has {len(other)} pairs, but {numbers[-1]} examples are to be shown."
+            f"content has {len(other)} pairs, but {numbers[-1]} examples are to be shown. "
+            "Pass as many pairs."
         )
     rng = np.random.default_rng(seed)
     queries = np.sort(rng.permutation(len(pairs))[:n]).tolist()

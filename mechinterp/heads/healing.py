@@ -133,7 +133,9 @@ def heal(
     bridge = None
     if not isinstance(module, PreTrainedModel):
         if lora_rank is not None:
-            raise ValueError("LoRA trains Hugging Face models, and this one is native.")
+            raise ValueError(
+                "LoRA trains Hugging Face models, and this one is native. Leave lora_rank out."
+            )
         trained = bridge = wrapped_like(model, module, cfg)
     elif lora_rank is not None:
         trained = _with_lora(module, lora_rank, seed)

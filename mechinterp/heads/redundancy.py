@@ -220,7 +220,9 @@ def _chosen(
     if pairs is not None and not isinstance(pairs, str):
         asked = [_checked(model, pair) for pair in pairs]
         if twice := [pair for i, pair in enumerate(asked) if pair in asked[:i]]:
-            raise ValueError(f"the pair {twice[0][0]}, {twice[0][1]} is named twice.")
+            raise ValueError(
+                f"the pair {twice[0][0]}, {twice[0][1]} is named twice. Name each once."
+            )
         return asked
     if pairs == "all" or (pairs is None and len(heads) <= SMALL):
         return [(a, b) for i, a in enumerate(heads) for b in heads[i + 1 :]]

@@ -140,7 +140,9 @@ class RedundancyAtlas(Result):
         if n is not None and threshold is not None:
             raise ValueError("threshold and n both say where to cut. Pass one of them.")
         if n is not None and not 1 <= n <= heads:
-            raise ValueError(f"n={n} clusters cannot be made of {heads} heads.")
+            raise ValueError(
+                f"n={n} clusters cannot be made of {heads} heads. Pass 1 to {heads}."
+            )
         if n is None:
             limit = tree.distance.sum() / (heads * (heads - 1)) / 2
             n = tree.merged_within(limit if threshold is None else threshold)

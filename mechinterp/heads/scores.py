@@ -134,9 +134,14 @@ def _asked(model: TransformerBridge, kinds: str | Sequence[str] | None, data: An
         unembedding_of(model)  # raises where there is none
     worded = [kind for kind in asked if KINDS[kind].source == "words"]
     if worded and tokenizer_of(model) is None:
-        raise ValueError(f"{worded[0]} needs words, but this model has no tokenizer.")
+        raise ValueError(
+            f"{worded[0]} needs words, but this model has no tokenizer. "
+            "Load it with mi.load_model(..., tokenizer=...)."
+        )
     if "retrieval" in asked and not is_causal(model):
-        raise ValueError("retrieval asks what is next, but this model sees both sides.")
+        raise ValueError(
+            "retrieval asks what is next, but this model sees both sides. Leave that kind out."
+        )
     return asked
 
 

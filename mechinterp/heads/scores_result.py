@@ -105,7 +105,7 @@ class HeadScores(Result):
         that is too small to matter. ``induction_dossier`` asks for a tenth of the attention.
         """
         if "p_adjusted" not in self.data:
-            raise ValueError("nothing to compare with: score with nulls=1 or more.")
+            raise ValueError("there is nothing to compare with. Score with nulls=1 or more.")
         above = self.mean()[kind] > self.data["null_mean"].sel(kind=kind)
         large = self.mean()[kind] >= least
         chosen = (self.data["p_adjusted"].sel(kind=kind) < alpha) & above & large

@@ -51,7 +51,8 @@ def mean_written(manager: HookManager, prompts: Prompts) -> Written:
         if not torch.allclose(rest, rest.mean(0), atol=1e-3 * float(added.abs().max())):
             raise ValueError(
                 f"the heads of layer {layer} do not sum to what its attention adds to the "
-                "residual stream, so their sum would be no function vector."
+                "residual stream, so their sum would be no function vector. "
+                "Use another architecture."
             )
         found[layer] = each.double().mean(0).to(each.dtype)
     return found

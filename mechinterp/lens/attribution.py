@@ -238,5 +238,6 @@ def _check(
         raise RuntimeError(
             f"the shares of all components miss the logit difference by {off:.3g} (allowed: "
             f"{allowed:.3g}), so this architecture or a hook writes into the residual stream "
-            "in a way that is not known here. No share can be trusted."
+            "in a way that is not known here. No share can be trusted: "
+            "use mi.path_patching to 'logits'."
         )

@@ -82,7 +82,9 @@ def _neurons(model: TransformerBridge, layer: int, neurons: int | Sequence[int])
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"neurons {asked} must name at least one, and each once.")
     if len(chosen) > _MOST_NEURONS:
-        raise ValueError(f"at most {_MOST_NEURONS} neurons can be read out at once.")
+        raise ValueError(
+            f"at most {_MOST_NEURONS} neurons can be read out at once. Name fewer."
+        )
     return chosen
 
 

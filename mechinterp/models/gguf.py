@@ -46,7 +46,10 @@ def read_gguf(
 def _check_whole(path: Path, reader: Any) -> None:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise ValueError(f"{path} is not a GGUF file: it does not start with 'GGUF'.")
+            raise ValueError(
+                f"{path} is not a GGUF file: it does not start with 'GGUF'. "
+                "Fetch it again, or pass another file."
+            )
     try:
         reader(str(path))
     # What running off the end of the file raises depends on where that happens.

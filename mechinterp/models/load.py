@@ -88,7 +88,8 @@ def load_model(
         )
     if copy:
         raise ValueError(
-            "copy=True applies to a module; what is read from files is new anyway."
+            "copy=True applies to a module; what is read from files is new anyway. "
+            "Leave it out."
         )
     how = Reading(
         tokenizer, device, device_map, dtype, revision, trust_remote_code, allow_pickle
@@ -100,7 +101,8 @@ def load_model(
         )
     if revision is not None:
         raise ValueError(
-            f"revision={revision!r} applies to the hub, but {place} is on this disk."
+            f"revision={revision!r} applies to the hub, but {place} is on this disk. "
+            "Leave it out."
         )
     there = place.resolve()
     name = there.name if place.is_dir() else there.stem  # a folder's name may have dots

@@ -175,7 +175,8 @@ def _check_weights(folder: Path, allow_pickle: bool) -> None:
     pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
     if not pickled:
         raise FileNotFoundError(
-            f"{folder} has a config.json but no weights (model.safetensors)."
+            f"{folder} has a config.json but no weights (model.safetensors). "
+            "Fetch or save the whole model."
         )
     if not allow_pickle:
         raise ValueError(

@@ -77,4 +77,7 @@ def check_supported(config: object, architecture: str) -> None:
         hint = f" Near: {', '.join(near)}." if near else ""
         raise ValueError(f"transformer-lens has no adapter for {architecture}.{hint}")
     if (kind := classify_architecture(architecture)) in ("audio", "vision"):
-        raise ValueError(f"{architecture} is made for {kind}; mechinterp works on text models.")
+        raise ValueError(
+            f"{architecture} is made for {kind}; mechinterp works on text models. "
+            "Load one of these."
+        )

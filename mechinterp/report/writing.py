@@ -48,7 +48,9 @@ def report(
     """
     final = Path(path)
     if final.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"a report is an HTML file, but {final} does not end in .html.")
+        raise ValueError(
+            f"a report is an HTML file, but {final} does not end in .html. Name it so."
+        )
     if not final.absolute().parent.is_dir():
         raise FileNotFoundError(
             f"cannot write {final}: the folder {final.absolute().parent} does not exist. "
@@ -96,7 +98,10 @@ def _of_run(run: SweepRun) -> tuple[list[tuple[str, Result]], list[str]]:
     """Return what is done of a run, call by call, named by what tells the calls apart."""
     done = run.results()
     if not len(done):
-        raise ValueError(f"nothing is done in {run.folder} yet, so there is nothing to report.")
+        raise ValueError(
+            f"nothing is done in {run.folder} yet, so there is nothing to report. "
+            "Run its spec first."
+        )
     labels = telling([each.item for each in done])
     differ = {
         name for told in labels for name in told if len({str(t.get(name)) for t in labels}) > 1

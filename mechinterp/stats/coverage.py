@@ -29,7 +29,7 @@ def true_coverage(n: int, method: str = METHODS[0]) -> tuple[float, float]:
     if method not in METHODS:
         raise ValueError(unknown("method", method, METHODS))
     if n < 2:
-        raise ValueError(f"n is {n}, but an interval needs at least 2 samples.")
+        raise ValueError(f"n is {n}, but an interval needs at least 2 samples. Pass more.")
     table = _table()
     inverse = 1 / np.array(table["n"][::-1])
     found = [

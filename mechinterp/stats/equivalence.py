@@ -24,7 +24,10 @@ def equivalence_test(
     Source: the two one-sided tests of Schuirmann 1987, J Pharmacokinet Biopharm 15:657.
     """
     if not margin > 0:
-        raise ValueError(f"margin is {margin}, but a negligible effect needs a size above 0.")
+        raise ValueError(
+            f"margin is {margin}, but a negligible effect needs a size above 0. "
+            "Pass one, in the unit of the samples."
+        )
     mean, error, n = mean_and_error(values, clusters)
     room = margin - np.abs(mean)
     exact = error == 0

@@ -27,7 +27,10 @@ def prompts_needed(
     """
     check_share("confidence", confidence)
     if not half_width > 0:
-        raise ValueError(f"half_width is {half_width}, but an interval has a width above 0.")
+        raise ValueError(
+            f"half_width is {half_width}, but an interval has a width above 0. "
+            "Pass one, in the unit of the samples."
+        )
     _, error, n = mean_and_error(values, clusters)
     spread = error * np.sqrt(n) / half_width
     tail = (1 - confidence) / 2

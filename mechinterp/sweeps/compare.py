@@ -57,7 +57,10 @@ def compared(a: SweepRun, b: SweepRun, *, tolerance: float = 0.0) -> Difference:
     first, second = (run.to_frame() for run in (a, b))
     for run, frame in ((a, first), (b, second)):
         if not len(frame):
-            raise ValueError(f"nothing is done in {run.folder} yet, so there is no comparing.")
+            raise ValueError(
+                f"nothing is done in {run.folder} yet, so there is no comparing. "
+                "Run its spec first."
+            )
     axes = sorted((set(first.columns) | set(second.columns)) - set(_NOT_AXES))
     tables = []
     for frame in (first, second):

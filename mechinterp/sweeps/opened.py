@@ -191,7 +191,10 @@ class SweepRun:
         import duckdb
 
         if not files:
-            raise ValueError(f"nothing is done in {self.folder} yet, so there is no table.")
+            raise ValueError(
+                f"nothing is done in {self.folder} yet, so there is no table. "
+                "Run its spec first."
+            )
         with duckdb.connect(config={"enable_external_access": True}) as db:
             listed = ", ".join("'" + path.replace("'", "''") + "'" for path in files)
             try:
@@ -285,7 +288,9 @@ class Results:
         """
         if len(self) != 1:
             there = "; ".join(map(repr, self._found[:6])) or "none done yet"
-            raise ValueError(f"there is not one result but {len(self)}: {there}.")
+            raise ValueError(
+                f"there is not one result but {len(self)}: {there}. Name the labels of one."
+            )
         return self._found[0].result
 
     def __repr__(self) -> str:

@@ -58,7 +58,10 @@ def work_in_processes(
                 deaths[key or ""] += 1
                 if deaths[key or ""] >= MOST_DEATHS:
                     if key is None:
-                        raise StoppedError(f"workers die before they do anything ({code}).")
+                        raise StoppedError(
+                            f"workers die before they do anything (exit code {code}). "
+                            "Run with one worker to see why."
+                        )
                     _give_up(ledger, key, code, report)
                 pool.start()
     finally:

@@ -369,7 +369,7 @@ def read_spec(given: "Spec | Mapping[str, Any] | str | PathLike[str]") -> Spec:
         near = [name for name in beside if name.endswith((".yaml", ".yml", ".toml"))]
         raise FileNotFoundError(unknown("spec file", path.name, near[:20]))
     if path.stat().st_size > _MOST_BYTES:
-        raise ValueError(f"{path} has over a megabyte, which no spec has.")
+        raise ValueError(f"{path} has over a megabyte, which no spec has. Name another file.")
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".toml":
         try:

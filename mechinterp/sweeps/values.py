@@ -96,7 +96,10 @@ def read_written(path: Path) -> Written:
     told, rows = _told(path)
     item = Item.from_json(told["item"])
     if rows != told["rows"] or item.key != told["key"] or path.stem != item.key:
-        raise DamagedValuesError(f"{path} is not the file of values that its name says.")
+        raise DamagedValuesError(
+            f"{path} is not the file of values that its name says. "
+            "Remove it and run the same spec again."
+        )
     return Written(
         item,
         told["sha256"],
@@ -145,7 +148,9 @@ def _told(path: Path) -> tuple[dict[str, Any], int]:
         raise DamagedValuesError(f"{path} is Parquet, but not of a sweep.")
     found = json.loads(told)
     if found["format"] > FORMAT:
-        raise DamagedValuesError(f"{path} was written by a newer version of mechinterp.")
+        raise DamagedValuesError(
+            f"{path} was written by a newer version of mechinterp. Update mechinterp-toolkit."
+        )
     return found, metadata.num_rows
 
 

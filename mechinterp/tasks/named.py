@@ -63,7 +63,7 @@ def load_text(path: Path, model: TransformerBridge, context: int | None = None) 
         ValueError: There is no text in it.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
+        raise FileNotFoundError(f"there is no file {path}. Check the name.")
     whole = path.read_text(encoding="utf-8")
     if not whole.strip():
         raise ValueError(f"{path} is empty. Pass a file with text in it.")

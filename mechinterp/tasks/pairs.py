@@ -38,7 +38,10 @@ class Pairs(Sequence[Words]):
             raise ValueError(f"{self.name!r} has no pairs. Pass (input, output) tuples.")
         for number, (question, answer) in enumerate(self.words):
             if not (question.strip() and answer.strip()):
-                raise ValueError(f"pair {number} of {self.name!r} has an empty side.")
+                raise ValueError(
+                    f"pair {number} of {self.name!r} has an empty side. "
+                    "Fill it, or leave the pair out."
+                )
 
     def __len__(self) -> int:
         return len(self.words)

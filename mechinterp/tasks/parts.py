@@ -76,7 +76,10 @@ def with_end(roles: Roles, prompts: Prompts) -> dict[str, Spans]:
     if roles.get("end", end) != end:
         raise ValueError("role 'end' is always the last token. Give yours another name.")
     if reserved := sorted(set(roles) & set(RESERVED)):
-        raise ValueError(f"{reserved[0]!r} cannot be a role: it already means positions.")
+        raise ValueError(
+            f"{reserved[0]!r} cannot be a role: it already means positions. "
+            "Choose another name."
+        )
     for role, spans in roles.items():
         if len(spans) != len(lengths):
             raise ValueError(

@@ -115,7 +115,9 @@ class Task:
         }
         for name, count in counts.items():
             if count != len(self):
-                raise ValueError(f"there are {len(self)} prompts but {count} {name}.")
+                raise ValueError(
+                    f"there are {len(self)} prompts but {count} {name}. Pass one per prompt."
+                )
         self.targets()
         if both := collisions(self.answers, self.distractors):
             raise ValueError(

@@ -172,7 +172,9 @@ class Anatomy:
         """Raise a ``ValueError`` where neurons of this architecture cannot be taken out."""
         template = self.template.submodules.get("mlp")
         if template is None:
-            raise ValueError(f"{self.cfg.architecture} has no MLPs here, so no neurons.")
+            raise ValueError(
+                f"{self.cfg.architecture} has no MLPs here, so no neurons. Prune heads."
+            )
         mixes = str(getattr(self.cfg, "act_fn", "")).startswith("solu")
         if type(template) not in _MLPS or set(template.submodules) - _MLP_PARTS or mixes:
             raise ValueError(
