@@ -1,13 +1,18 @@
 """What the documentation shows works as it is written, and leaves no public name out."""
 
 import re
+import shlex
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
+import yaml
+from typer.main import get_command
 
 import mechinterp as mi
+from mechinterp.cli.shared import app
+from mechinterp.sweeps.spec import read_spec
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -34,6 +39,45 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch)
         plt.close("all")
 
 
+def blocks(page: Path, language: str) -> list[str]:
+    fence = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return fence.findall(page.read_text(encoding="utf-8"))
+
+
+TYPED = [page for page in (*PAGES, ROOT / "README.md") if blocks(page, "(?:yaml|console)")]
+
+
+@pytest.mark.parametrize("page", TYPED, ids=lambda page: page.stem)
+def test_what_a_page_shows_as_typed_is_understood(page):
+    for block in blocks(page, "yaml"):
+        assert read_spec(yaml.safe_load(block)).methods
+    told = "\n".join(blocks(page, "console")).replace("\\\n", " ")
+    calls = re.findall(r"^\$ (mechinterp (?:[^\"\n]|\"[^\"]*\")*)", told, re.MULTILINE)
+    assert bool(calls) == bool(told), "a console block shows no call of mechinterp"
+    commands = vars(get_command(app))["commands"]
+    for call in calls:
+        words = shlex.split(call, comments=True)[1:]
+        ends = [i for i, word in enumerate(words) if word in ("&", "|", ">")]
+        words = words[: ends[0] if ends else None]
+        commands[words[0]].make_context(words[0], words[1:])  # raises at a wrong option
+
+
+METHODS = [page for page in (DOCS / "methods").glob("*.md") if page.stem != "statistics"]
+
+
+@pytest.mark.parametrize("page", METHODS, ids=lambda page: page.stem)
+def test_every_method_has_question_formula_code_source_convention_cost_and_limits(page):
+    _, *sections = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert sections
+    for section in sections:
+        name = section.partition("\n")[0]
+        for part in ("Source", "Convention", "Cost", "Limits"):
+            assert f"**{part}.**" in section, f"{name} has no {part}"
+        assert re.search(r"^```\n", section, re.MULTILINE), f"{name} has no formula"
+        assert "```python" in section, f"{name} has no code"
+        assert re.search(r"^\*[^*]+\?\*", section, re.MULTILINE), f"{name} asks nothing"
+
+
 def test_every_public_name_has_its_place_in_the_reference():
     named = re.findall(
         r"^::: [\w.]+\.(\w+)$",
@@ -53,10 +97,6 @@ def test_every_page_is_in_the_table_of_contents():
 
 
 def test_every_command_is_on_the_page_of_commands():
-    from typer.main import get_command
-
-    from mechinterp.cli.shared import app
-
     page = (DOCS / "how-to" / "command-line.md").read_text(encoding="utf-8")
     commands = set(getattr(get_command(app), "commands"))  # noqa: B009
     assert commands == set(re.findall(r"`mechinterp ([a-z]+)", page))

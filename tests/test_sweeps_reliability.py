@@ -232,7 +232,7 @@ def test_values_of_another_run_under_the_same_name_are_done_again(whole, copied)
     found = read_result(path)
     name = next(iter(found.data.data_vars))
     found.data[name] = found.data[name] + 1
-    values.write_values(path.parent, written.item, found, seconds=1, finished=1, machine={})
+    values.write_values(path.parent, written.item, found, seconds=1.0, finished=1.0, machine={})
     run_small(copied)
     assert stored(copied) == stored(whole)
 
