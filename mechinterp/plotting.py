@@ -285,8 +285,8 @@ def waterfall(
     """
     ax = ax if ax is not None else new_axes(NOTEBOOK_WIDTH, 1.1 + 0.26 * len(bars))
     values = np.stack([np.asarray(each, dtype=float) for each in bars.values()])
-    missing = np.isnan(values).any(1)
-    values = np.where(missing[:, None], 0.0, values)
+    missing = np.asarray(np.isnan(values).any(1))
+    values[missing] = 0.0
     means = values.mean(1)
     y = np.arange(len(bars))
     starts = np.concatenate([[0.0], np.cumsum(means[:-1])])
@@ -298,17 +298,11 @@ def waterfall(
     ax.vlines(reached, y[:-1] + 0.35, y[1:] - 0.35, color="0.6", linewidth=0.7)
     if values.shape[1] > 1:
         low, high = bootstrap_interval(values)
-        ax.hlines(
-            y[~missing],
-            (starts + low)[~missing],
-            (starts + high)[~missing],
-            color="0.1",
-            lw=1.2,
-        )
-    for place in y[missing]:
-        ax.text(
-            starts[place], place, " not measured", fontsize=_SMALL, va="center", color="0.4"
-        )
+        low, high = (np.where(missing, np.nan, starts + end) for end in (low, high))
+        ax.hlines(y, low, high, color="0.1", linewidth=1.2)
+    for place in y[missing].tolist():
+        at = float(starts[place])
+        ax.text(at, place, " not measured", fontsize=_SMALL, va="center", color="0.4")
     ax.axvline(0, color="0.4", linewidth=0.8)
     ax.set_yticks(y, [drawable(name) for name in bars], fontsize=_SMALL)
     ax.invert_yaxis()

@@ -22,18 +22,19 @@ def messages() -> Iterator[tuple[str, ast.expr]]:
         if name in PARTS:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            raised = node.exc if isinstance(node, ast.Raise) else None
-            if not (isinstance(raised, ast.Call) and isinstance(raised.func, ast.Name)):
+            if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)):
                 continue
-            if raised.func.id in SAID and raised.args:
-                yield f"{name}:{node.lineno}", raised.args[0]
+            kind = node.exc.func
+            if isinstance(kind, ast.Name) and kind.id in SAID and node.exc.args:
+                yield f"{name}:{node.lineno}", node.exc.args[0]
 
 
 def ends(message: ast.expr) -> str | None:
     """The last letter of a message; None where it ends in a value."""
     last = message.values[-1] if isinstance(message, ast.JoinedStr) else message
-    is_text = isinstance(last, ast.Constant) and isinstance(last.value, str)
-    return last.value[-1:] if is_text else None
+    if isinstance(last, ast.Constant) and isinstance(last.value, str):
+        return last.value[-1:]
+    return None
 
 
 def test_every_message_is_a_sentence():

@@ -201,6 +201,7 @@ def test_the_lock_of_a_worker_tells_whether_it_is_alive_whatever_the_clock_says(
         ours.register(1, "cpu")
         monkeypatch.setattr(time, "time", lambda: 4e9)  # the clock was set, by decades
         assert ours.claim(plan) is None and len(ours.workers()) == 2
+        assert theirs._lock is not None
         theirs._lock.release()  # as the system does when a process ends
         assert len(ours.workers()) == 1
         taken = ours.claim(plan)
