@@ -16,6 +16,7 @@ import pytest
 import xarray as xr
 from test_plotting import patching
 from test_report import HOSTILE, attention
+from zoo import zoo
 
 import mechinterp as mi
 
@@ -153,7 +154,7 @@ def test_tables_sort_filter_and_show_what_charts_show(opened, tmp_path):
     assert len(column(0)) < 20
 
     page.locator(f"{CELLS} summary").click()
-    assert page.locator(f"{CELLS} caption").count() == 1
+    page.locator(f"{CELLS} caption").wait_for(state="attached")  # comes a moment later
     assert "20 rows" in page.locator(f"{CELLS} .table").inner_text()
     assert not view.complaints
 
@@ -260,6 +261,20 @@ def test_a_single_layer_or_head_is_shown(opened, tmp_path, axes):
     assert not view.complaints
 
 
+def test_a_run_of_a_sweep_opens_with_all_its_calls(opened, tmp_path):
+    spec = {
+        "models": "tiny",
+        "tasks": "induction",
+        "prompts": 2,
+        "methods": [{"method": "activation_patching", "sites": ["z", "resid_pre"]}],
+    }
+    made = mi.run(spec, tmp_path / "run", models={"tiny": zoo("native_attn")}, output="quiet")
+    view = opened(mi.report(made, tmp_path / "a.html"))
+    assert view.page.locator("section.result").count() == 2
+    assert not view.complaints
+    view.shoot("run")
+
+
 def test_a_waterfall_adds_up(opened, tmp_path):
     shares = xr.DataArray(
         np.array([[1.0, -0.25, 3.0], [2.0, -0.75, 4.0]]),
@@ -283,6 +298,24 @@ def test_a_waterfall_adds_up(opened, tmp_path):
     view.page.locator(f"{falls} .chart").focus()
     view.page.keyboard.press("ArrowDown")
     assert view.readout(falls) == "total: 5.25"
+    assert not view.complaints
+    view.shoot("waterfall")
+
+
+def test_a_part_of_a_waterfall_that_was_not_measured_is_said_to_be_none(opened, tmp_path):
+    text = mi.load_model(zoo("gpt2"))
+    result = mi.direct_logit_attribution(text, mi.load_task("induction", text, 3))
+    share = result.data["share"].copy()
+    share[:, 1] = np.nan
+    result = mi.DirectAttributionResult(result.data.assign(share=share), result.convention)
+    view = opened(mi.report(result, tmp_path / "a.html"))
+    falls = panel("What writes the answer")
+    view.page.locator(f"{falls} select").nth(1).select_option(index=1)
+    view.page.locator(f"{falls} .chart").focus()
+    view.page.keyboard.press("ArrowDown")
+    assert "not measured" in view.readout(falls)
+    bars = view.page.locator(f"{falls} [aria-label=bar] rect")
+    assert all("NaN" not in (bars.nth(i).get_attribute("x") or "") for i in range(bars.count()))
     assert not view.complaints
 
 
