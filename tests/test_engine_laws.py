@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_engine import plain_logits
 from torch.overrides import TorchFunctionMode
@@ -157,8 +157,21 @@ EXAMPLES = st.tuples(
 )
 
 
+# Found by the slow law: all logits are rounding.
+ALL_ZERO = (
+    "mistral",
+    {"n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "window": 2, "seed": 0},
+    [3],
+    0,
+    [[(0, 0, 0, 0, "other run"), (282, 0, 0, 0, "zero")]],
+    "clean",
+    12,
+)
+
+
 @QUICK
 @given(EXAMPLES)
+@example(ALL_ZERO)
 def test_random_cells_on_random_models_equal_plain_runs(example):
     check_equal(torch.float32, *example)
 
@@ -246,6 +259,10 @@ def check_equal(
         patch.setattr(engine_sizes, "CPU_COLUMNS", columns)
         mine = mi.cell_logits(model, task, cells, on=on)
     expected = torch.cat(plain)
+    # A cell that zeroes the whole stream leaves logits that are nothing but rounding.
+    least = 1e-3 * float(run_of(task, on).answers(manager).detach().abs().max())
+    rounding = torch.maximum(expected.abs(), mine.abs()).amax(-1) < least
+    expected, mine = (each.masked_fill(rounding[..., None], 0.0) for each in (expected, mine))
     share = 1e-9 if dtype == torch.float64 else TOLERANCE[dtype]
     torch.testing.assert_close(mine, expected, rtol=0, atol=share * float(expected.abs().max()))
 

@@ -34,6 +34,9 @@ TOLERANCE = {
     torch.bfloat16: 5e-2,
 }
 # Per model and kind of cell: the longest prompt checked, and what was wrong.
+# Logits below this share of the intact run's are rounding: the whole stream was zeroed, and the
+# final norm made what was left of it larger.
+_ROUNDING = 1e-3
 _UNKNOWN = "numbers that are not finite cannot be compared"
 _FOUND: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[int, str]]] = WeakKeyDictionary()
 Ends = Callable[[Rows], tuple[Rows, Tensor]]
@@ -59,7 +62,8 @@ def check(sweep: Sweep, path: str, of_run: Callable[[int], Tensor], logits_of: E
     rows, prompts = _cases(sweep, path)
     if not len(rows):
         return ""
-    reason = _runs_differ(sweep, prompts, of_run) or _rows_differ(sweep, rows, logits_of)
+    reason = _runs_differ(sweep, prompts, of_run)
+    reason = reason or _rows_differ(sweep, rows, of_run, logits_of)
     longest = int(sweep.prompts.lengths.max())
     checked = {_kind(sweep, int(cell)) for cell in rows.cell}
     for kind, key in keys.items():
@@ -97,7 +101,9 @@ def _runs_differ(sweep: Sweep, prompts: list[int], of_run: Callable[[int], Tenso
     return ""
 
 
-def _rows_differ(sweep: Sweep, rows: Rows, logits_of: Ends) -> str:
+def _rows_differ(
+    sweep: Sweep, rows: Rows, of_run: Callable[[int], Tensor], logits_of: Ends
+) -> str:
     manager = HookManager(sweep.model)
     done, mine = logits_of(rows)
     offset = sweep.prompts.offset[sweep.run.name]
@@ -109,9 +115,18 @@ def _rows_differ(sweep: Sweep, rows: Rows, logits_of: Ends) -> str:
             plain = sweep.run.answer(sweep.model, prompt - offset)
         sites = " and ".join(sorted({edit.site for edit in edits}))
         what = f"an edit of {sites} that starts at layer {done.start[i]}"
+        rounding = _ROUNDING * _largest(of_run(prompt).cpu())
+        if max(_largest(plain.cpu()), _largest(mine[i].cpu())) < rounding:
+            continue
         if reason := _differ(plain, mine[i], what):
             return reason
     return ""
+
+
+def _largest(values: Tensor) -> float:
+    """Return the largest size of what is finite and not masked; 0 where nothing is."""
+    known = values[values.isfinite() & (values > torch.finfo(values.dtype).min / 2)]
+    return float(known.abs().max()) if len(known) else 0.0
 
 
 def _differ(plain: Tensor, mine: Tensor, what: str, slack: float = 1.0) -> str:
@@ -122,9 +137,7 @@ def _differ(plain: Tensor, mine: Tensor, what: str, slack: float = 1.0) -> str:
         if not same or not bool(plain.isfinite().any()):
             return _UNKNOWN  # whoever reads the numbers will say what is wrong with them
         plain, mine = plain[plain.isfinite()], mine[mine.isfinite()]
-    low = torch.finfo(plain.dtype).min / 2
-    scale = float(plain[plain > low].abs().max()) if bool((plain > low).any()) else 0.0
-    allowed = TOLERANCE.get(plain.dtype, 1e-5) * slack * scale + 1e-30
+    allowed = TOLERANCE.get(plain.dtype, 1e-5) * slack * _largest(plain) + 1e-30
     gap = float((plain.double() - mine.double()).abs().max())
     if gap <= allowed:
         return ""
