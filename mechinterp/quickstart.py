@@ -1,8 +1,8 @@
 """The first two minutes: find the induction heads of a real model, and prove it.
 
-Loads a model, patches every head on the induction task, looks at the heads that matter, takes
-them out, and sees whether the model can still repeat what it has read. It ends with a report to
-open in a browser.
+Loads a model, patches every head on the induction task, looks at the heads that matter, follows
+the paths between them, takes them out, and sees whether the model can still repeat what it has
+read. It ends with a report to open in a browser.
 """
 
 import json
@@ -27,12 +27,14 @@ from mechinterp import plotting
 from mechinterp._progress import progress
 from mechinterp.causal.patching import activation_patching
 from mechinterp.causal.patching_result import PatchingResult
+from mechinterp.causal.paths import path_patching
 from mechinterp.edits import Mean
 from mechinterp.heads.attention import attention_patterns
 from mechinterp.heads.attention_result import AttentionPatterns
 from mechinterp.hooks import HookManager
 from mechinterp.models import forward, load_model
 from mechinterp.report.writing import report
+from mechinterp.sites import n_heads, site_layers
 from mechinterp.tasks import Prompts, Text, load_task, repeated_tokens
 
 Head = tuple[int, int]
@@ -43,14 +45,17 @@ _MOST_HEADS = 6
 _TASK_PROMPTS = 32
 _LENGTH, _PROMPTS, _CONTROLS = 50, 16, 8
 _SHOWN_LENGTH, _SHOWN_HEADS = 10, 3
+_PATH_PROMPTS, _RECEIVERS, _PATHS, _SHOWN_PATHS = 8, 4, 6, 14
 _FILES = (
     "account.txt",
     "report.html",
     "patching.nc",
     "attention.nc",
+    "paths.nc",
     "losses.json",
     "patching.png",
     "attention.png",
+    "circuit.png",
     "ablation.png",
 )
 
@@ -92,6 +97,9 @@ def quickstart(
         looks = _attention(model, heads, seed, say)
         looks.save(part / "attention.nc")
         _save(looks.figure(sorted(looks.heads[:_SHOWN_HEADS])), part / "attention.png")
+        paths = _circuit(model, heads, seed, say)
+        paths.save(part / "paths.nc")
+        _save(paths.diagram(n=_SHOWN_PATHS), part / "circuit.png")
         losses = _ablate(model, heads, seed, say)
         losses.save(part / "losses.json")
         _save(losses.plot(), part / "ablation.png")
@@ -101,7 +109,11 @@ def quickstart(
         account = "\n".join(said) + "\n"
         (part / "account.txt").write_text(account, encoding="utf-8")
         report(
-            {"Which heads carry the answer?": found, "Where do they look?": looks},
+            {
+                "Which heads carry the answer?": found,
+                "Where do they look?": looks,
+                "Who tells whom?": paths,
+            },
             part / "report.html",
             title="Quickstart: the heads that repeat",
             account=account,
@@ -184,6 +196,33 @@ def _attention_at(
     return pattern[:, queries, queries - back].float().mean(1)
 
 
+def _circuit(
+    model: TransformerBridge, heads: Sequence[Head], seed: int, say: Say
+) -> PatchingResult:
+    """Say along which paths heads tell each other and the logits, and return them all."""
+    task = load_task("induction", model, _PATH_PROMPTS, seed)
+    first = min(site_layers(model, "z"))
+    hearing = [head for head in heads if head[0] > first][:_RECEIVERS]
+    receivers = {f"{layer}.{head}": _inputs(model, layer, head) for layer, head in hearing}
+    result = path_patching(model, task, receivers | {"logits": ["logits"]}, senders="z")
+    say()
+    say("3. Who tells whom?")
+    say("   What a head wrote in the clean run is told to one receiver alone: another head's")
+    say("   inputs, or the logits. All else stays as in the corrupted run. The largest effects")
+    say("   on the logit difference, which circuit.png draws:")
+    for _, path in result.top(_PATHS).iterrows():
+        what = f"{path['layer']}.{path['head']} -> {path['receiver']}"
+        say(f"   {what:<15} {path['effect']:+.2f} ({path['low']:+.2f} to {path['high']:+.2f})")
+    return result
+
+
+def _inputs(model: TransformerBridge, layer: int, head: int) -> list[str]:
+    """Return the nodes that a head reads: its queries, and the keys and values of its group."""
+    queries, keys = (n_heads(model, site, layer) for site in ("q", "k"))
+    group = head * keys // queries
+    return [f"{layer}.{head}.q", f"{layer}.{group}.k", f"{layer}.{group}.v"]
+
+
 @dataclass(frozen=True)
 class _Losses:
     """Mean loss in nats at each predicted token of two copies, under three conditions."""
@@ -255,7 +294,7 @@ def _ablate(model: TransformerBridge, heads: list[Head], seed: int, say: Say) ->
     control = [losses.second(each) for each in losses.control]
     first = float(np.mean(losses.intact[: _LENGTH - 1]))
     say()
-    say("3. Does the model need them?")
+    say("4. Does the model need them?")
     say(
         f"   {_PROMPTS} prompts of {_LENGTH} random tokens, given twice. Heads are taken out by"
     )

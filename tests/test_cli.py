@@ -322,9 +322,11 @@ def test_quickstart_writes_an_account_figures_and_results(tiny, tmp_path, monkey
         "account.txt",
         "attention.nc",
         "attention.png",
+        "circuit.png",
         "losses.json",
         "patching.nc",
         "patching.png",
+        "paths.nc",
         "report.html",
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["mechinterp-quickstart"]
@@ -337,6 +339,9 @@ def test_quickstart_writes_an_account_figures_and_results(tiny, tmp_path, monkey
     )
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "Where heads look" in page and "1. Which heads carry the answer?" in page
+    assert "The circuit" in page
+    paths = mi.load_result(folder / "paths.nc")
+    assert paths.convention.method == "path_patching" and "logits" in paths.data["receiver"]
     losses = json.loads((folder / "losses.json").read_text())
     assert len(losses["intact"]) == 23 and len(losses["control"]) == 8
 

@@ -92,7 +92,8 @@ def _node(members: list[str], named: str) -> tuple[Node, str]:
     read = [_NAMED.match(member) for member in members]
     parts = [match.groups() for match in read if match is not None]
     layers = [_layer(layer, site) for layer, _, site, _ in parts]
-    inputs = ", ".join(dict.fromkeys(site for _, _, site, _ in parts if site in _INPUTS))
+    read_in = dict.fromkeys(site for _, _, site, _ in parts if site in _INPUTS)
+    inputs = "" if len(read_in) == len(_INPUTS) else ", ".join(read_in)  # all: nothing to tell
     names = list(dict.fromkeys(_name(*each) for each in parts))
     shown = names[0] if len(names) == 1 else named
     return Node(shown, max(layers, default=float("inf"))), inputs
