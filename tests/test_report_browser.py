@@ -220,6 +220,10 @@ def test_it_follows_the_reader_s_colours_and_fits_a_narrow_screen(opened, tmp_pa
     assert page.evaluate(theme) == scheme
     assert page.evaluate("document.documentElement.scrollWidth") <= 380
     view.shoot(f"narrow-{scheme}")
+    page.emulate_media(media="print")
+    paper = "getComputedStyle(document.documentElement).backgroundColor"
+    assert page.evaluate(paper) == "rgb(255, 255, 255)", "dark paper is printed"
+    page.emulate_media(media="screen")
     page.locator("#theme").press("Enter")
     assert page.evaluate(theme) != scheme
     assert not view.complaints
