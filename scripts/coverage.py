@@ -1,7 +1,7 @@
 """Measure how often bootstrap intervals of few samples cover the mean, and store the table.
 
     python scripts/coverage.py             measure, print and store
-    python scripts/coverage.py --readme    write the stored table into README.md
+    python scripts/coverage.py --page      write the stored table into the page on statistics
 
 Stores ``mechinterp/data/coverage.json``, which ``mechinterp.stats.true_coverage`` reads. Then
 measures clusters of unequal sizes, which the table does not hold. A share of 10,000 intervals
@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,9 +29,9 @@ SHAPES: Mapping[str, Draw] = {  # all with mean 0
     "skewed": lambda rng, shape: rng.exponential(size=shape) - 1,
     "heavy-tailed": lambda rng, shape: rng.standard_t(3, size=shape),
 }
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "methods" / "statistics.md"
 MARKS = "<!-- coverage:start -->", "<!-- coverage:end -->"
-SHOWN = (3, 5, 10, 20, 40, 100, 200)  # in the README
+SHOWN = (3, 5, 10, 20, 40, 100, 200)  # on the page
 BLOCK = 500  # intervals that share their resamples
 
 
@@ -56,9 +57,8 @@ def clustered(draw: Draw, sizes: np.ndarray) -> Draw:
     return both
 
 
-def write_readme() -> None:
-    """Write the stored table into README.md, as percentages, between its marks."""
-    table = json.loads(TABLE.read_text(encoding="utf-8"))
+def markdown(table: dict[str, Any]) -> str:
+    """Return the stored table as percentages, in Markdown."""
     lines = [
         "| method | effects | " + " | ".join(f"{n} prompts" for n in SHOWN) + " |",
         "| --- | --- |" + " --: |" * len(SHOWN),
@@ -67,20 +67,26 @@ def write_readme() -> None:
         for name, row in table[method].items():
             shares = [f"{100 * row[table['n'].index(n)]:.1f} %" for n in SHOWN]
             lines.append(f"| {method} | {name} | " + " | ".join(shares) + " |")
-    text = README.read_text(encoding="utf-8")
+    return "\n".join(lines)
+
+
+def write_page() -> None:
+    """Write the stored table into the page on statistics, between its marks."""
+    table = markdown(json.loads(TABLE.read_text(encoding="utf-8")))
+    text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-    made = "\n".join([before + MARKS[0], *lines, MARKS[1] + after])
-    README.write_text(made, encoding="utf-8")
+    made = "\n".join([before + MARKS[0], table, MARKS[1] + after])
+    PAGE.write_text(made, encoding="utf-8")
 
 
 def main() -> None:
     """Simulate, print, store."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--intervals", type=int, default=10_000, help="per number")
-    parser.add_argument("--readme", action="store_true", help="write the stored table there")
+    parser.add_argument("--page", action="store_true", help="write the stored table there")
     arguments = parser.parse_args()
-    if arguments.readme:
-        write_readme()
+    if arguments.page:
+        write_page()
         return
     intervals = arguments.intervals
     table = {

@@ -1,5 +1,6 @@
 """What the documentation shows works as it is written, and leaves no public name out."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import yaml
+from test_readme import script
 from typer.main import get_command
 
 import mechinterp as mi
@@ -62,7 +64,8 @@ def test_what_a_page_shows_as_typed_is_understood(page):
         commands[words[0]].make_context(words[0], words[1:])  # raises at a wrong option
 
 
-METHODS = [page for page in (DOCS / "methods").glob("*.md") if page.stem != "statistics"]
+METHODS = sorted((DOCS / "methods").glob("*.md"))
+PARTS = ("Source", "Convention", "Cost", "Limits")
 
 
 @pytest.mark.parametrize("page", METHODS, ids=lambda page: page.stem)
@@ -71,11 +74,20 @@ def test_every_method_has_question_formula_code_source_convention_cost_and_limit
     assert sections
     for section in sections:
         name = section.partition("\n")[0]
-        for part in ("Source", "Convention", "Cost", "Limits"):
-            assert f"**{part}.**" in section, f"{name} has no {part}"
-        assert re.search(r"^```\n", section, re.MULTILINE), f"{name} has no formula"
-        assert "```python" in section, f"{name} has no code"
+        fences = re.findall(r"^```(\w*)$", section, re.MULTILINE)[::2]  # those that open
+        assert "" in fences, f"{name} has no formula"
+        assert "python" in fences, f"{name} has no code"
         assert re.search(r"^\*[^*]+\?\*", section, re.MULTILINE), f"{name} asks nothing"
+        found = re.findall(r"^\*\*(\w+)\.\*\*", section, re.MULTILINE)
+        assert [part for part in found if part in PARTS] == list(PARTS), f"{name} has {found}"
+
+
+def test_the_coverage_of_intervals_is_what_the_script_stored():
+    coverage = script("coverage")
+    text = (DOCS / "methods" / "statistics.md").read_text(encoding="utf-8")
+    start, end = coverage.MARKS
+    shown = text.partition(start)[2].partition(end)[0].strip()
+    assert shown == coverage.markdown(json.loads(coverage.TABLE.read_text(encoding="utf-8")))
 
 
 def test_every_public_name_has_its_place_in_the_reference():
