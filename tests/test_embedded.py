@@ -21,3 +21,13 @@ def test_it_is_small_and_has_a_card():
     assert 4e6 <= sum(p.numel() for p in model.original_model.parameters()) <= 5.5e6
     assert (len(model.blocks), model.cfg.n_heads, model.cfg.n_ctx) == (4, 8, 512)
     assert "bits per byte" in (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def test_it_goes_on_from_text_as_plain_hugging_face_does():
+    model = mi.load_model()
+    told = {"max_new_tokens": 4, "do_sample": False}
+    text = model.generate("The king was", verbose=False, **told)
+    tokenizer = model.tokenizer
+    tokens = mi.Text.from_strings(model, ["The king was"]).prompts.tokens
+    plain = mi.unwrap(model).generate(tokens, pad_token_id=0, **told)[0, -4:]
+    assert text.startswith("The king was") and text.endswith(tokenizer.decode(plain))
