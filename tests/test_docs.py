@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from itertools import takewhile
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from test_readme import script
 from typer.main import get_command
+from typer.testing import CliRunner
 
 import mechinterp as mi
 from mechinterp.cli.shared import app
@@ -27,6 +29,20 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(DOCS))
 
 
+def blocks(page: Path, language: str) -> list[str]:
+    fence = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return fence.findall(page.read_text(encoding="utf-8"))
+
+
+def typed(page: Path) -> list[list[str]]:
+    """The calls of mechinterp that a page shows in a shell, as words."""
+    told = "\n".join(blocks(page, "console")).replace("\\\n", " ")
+    calls = re.findall(r"^\$ mechinterp ((?:[^\"\n]|\"[^\"]*\")*)", told, re.MULTILINE)
+    assert len(calls) == len(re.findall(r"^\$", told, re.MULTILINE)), "not all are mechinterp's"
+    found = [shlex.split(call, comments=True) for call in calls]
+    return [list(takewhile(lambda word: word not in ("&", "|", ">"), words)) for words in found]
+
+
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     matplotlib.use("agg")
@@ -39,11 +55,35 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch)
             exec(compile(above + block[1], str(page), "exec"), names)
     finally:
         plt.close("all")
+    type_in(page)
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    fence = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
-    return fence.findall(page.read_text(encoding="utf-8"))
+def type_in(page: Path) -> None:
+    """Run what a page shows in a shell, all but sweeps, which take a minute."""
+    for block in blocks(page, "yaml"):
+        Path(re.findall(r"^# (\S+\.yaml)$", block, re.MULTILINE)[0]).write_text(block)
+    for words in typed(page):
+        if words[0] != "run" or "--dry-run" in words:
+            done = CliRunner().invoke(app, words)
+            assert done.exit_code == 0, f"{words}: {done.output}"
+
+
+COMING = sorted((DOCS / "how-to").glob("from-*.md"))
+
+
+@pytest.mark.parametrize("page", COMING, ids=lambda page: page.stem)
+def test_the_new_calls_of_those_who_come_from_elsewhere_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text(encoding="utf-8")
+    first = BLOCK.search(text)
+    assert first is not None
+    names: dict = {}
+    exec(first[1], names)
+    rows = re.findall(r"^\| (.+?) \| `([^|]+)` \|$", text, re.MULTILINE)
+    assert len(rows) == text.count("\n| ") - 2, "a row has no call"
+    for _, call in rows:
+        if call != 'mi.load_model("gpt2")':  # which needs a hub
+            exec(call, dict(names))
 
 
 TYPED = [page for page in (*PAGES, ROOT / "README.md") if blocks(page, "(?:yaml|console)")]
@@ -53,15 +93,18 @@ TYPED = [page for page in (*PAGES, ROOT / "README.md") if blocks(page, "(?:yaml|
 def test_what_a_page_shows_as_typed_is_understood(page):
     for block in blocks(page, "yaml"):
         assert read_spec(yaml.safe_load(block)).methods
-    told = "\n".join(blocks(page, "console")).replace("\\\n", " ")
-    calls = re.findall(r"^\$ (mechinterp (?:[^\"\n]|\"[^\"]*\")*)", told, re.MULTILINE)
-    assert bool(calls) == bool(told), "a console block shows no call of mechinterp"
     commands = vars(get_command(app))["commands"]
-    for call in calls:
-        words = shlex.split(call, comments=True)[1:]
-        ends = [i for i, word in enumerate(words) if word in ("&", "|", ">")]
-        words = words[: ends[0] if ends else None]
+    for words in typed(page):
         commands[words[0]].make_context(words[0], words[1:])  # raises at a wrong option
+
+
+WITHOUT_CODE = [page for page in TYPED if page in PAGES and page not in WITH_CODE]
+
+
+@pytest.mark.parametrize("page", WITHOUT_CODE, ids=name_of)
+def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    type_in(page)
 
 
 METHODS = sorted((DOCS / "methods").glob("*.md"))
