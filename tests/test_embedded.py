@@ -1,6 +1,7 @@
 """The model in the package is what its card says: small, whole, and able to copy."""
 
 from pathlib import Path
+from typing import Any
 
 import mechinterp as mi
 
@@ -26,8 +27,9 @@ def test_it_is_small_and_has_a_card():
 def test_it_goes_on_from_text_as_plain_hugging_face_does():
     model = mi.load_model()
     told = {"max_new_tokens": 4, "do_sample": False}
-    text = model.generate("The king was", verbose=False, **told)
+    text = str(model.generate("The king was", verbose=False, **told))
     tokenizer = model.tokenizer
     tokens = mi.Text.from_strings(model, ["The king was"]).prompts.tokens
-    plain = mi.unwrap(model).generate(tokens, pad_token_id=0, **told)[0, -4:]
+    module: Any = mi.unwrap(model)
+    plain = module.generate(tokens, pad_token_id=0, **told)[0, -4:]
     assert text.startswith("The king was") and text.endswith(tokenizer.decode(plain))
