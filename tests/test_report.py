@@ -237,6 +237,23 @@ def test_the_command_line_writes_it(tmp_path, capsys):
     assert "does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "begins"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")]
+)
+def test_a_saved_result_is_drawn_in_the_format_of_its_name(name, begins, tmp_path, capsys):
+    saved = patching(layer=range(3)).save(tmp_path / "a.nc")
+    assert run("plot", str(saved), "-o", str(tmp_path / name)) == 0
+    assert (tmp_path / name).read_bytes().startswith(begins)
+    for wrong, says in (
+        (["-o", "a.bmp"], "must end in one of .png, .svg, .pdf"),
+        (["-o", str(tmp_path / "none" / "a.png")], "Create it first"),
+        (["--diagram", "-o", str(tmp_path / "b.png")], "no paths to draw"),
+    ):
+        assert run("plot", str(saved), *wrong) == 2
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "b.png").exists()
+
+
 def test_a_notebook_shows_numbers_and_a_picture():
     result = patching(layer=range(4), head=range(5))
     html = result._repr_html_()
