@@ -1,6 +1,7 @@
 """The model in the package is what its card says: small, whole, and able to copy."""
 
 from pathlib import Path
+from typing import Any
 
 import mechinterp as mi
 
@@ -21,3 +22,14 @@ def test_it_is_small_and_has_a_card():
     assert 4e6 <= sum(p.numel() for p in model.original_model.parameters()) <= 5.5e6
     assert (len(model.blocks), model.cfg.n_heads, model.cfg.n_ctx) == (4, 8, 512)
     assert "bits per byte" in (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def test_it_goes_on_from_text_as_plain_hugging_face_does():
+    model = mi.load_model()
+    told = {"max_new_tokens": 4, "do_sample": False}
+    text = str(model.generate("The king was", verbose=False, **told))
+    tokenizer = model.tokenizer
+    tokens = mi.Text.from_strings(model, ["The king was"]).prompts.tokens
+    module: Any = mi.unwrap(model)
+    plain = module.generate(tokens, pad_token_id=0, **told)[0, -4:]
+    assert text.startswith("The king was") and text.endswith(tokenizer.decode(plain))

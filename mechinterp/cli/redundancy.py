@@ -20,7 +20,7 @@ from mechinterp.cli.shared import (
 @app.command(
     short_help="Say which heads do the same.",
     epilog=examples(
-        "redundancy embedded induction --out atlas",
+        "redundancy embedded induction --n 16 --out atlas",
         "redundancy smollm2-135m book.txt --task ioi",
     ),
 )

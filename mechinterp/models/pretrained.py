@@ -52,9 +52,7 @@ def from_folder(folder: Path, name: str, how: Reading) -> TransformerBridge:
     _check_weights(folder, how.allow_pickle)
     tokenizer = how.tokenizer
     if tokenizer is None and any((folder / name).exists() for name in _TOKENIZER_FILES):
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=how.trust_remote_code
-        )
+        tokenizer = _own_tokenizer(folder, trust_remote_code=how.trust_remote_code)
     if stored.get("model_type") != MODEL_TYPE:
         return wrap(_read(folder, how), tokenizer, name)
     if how.device_map is not None:
@@ -65,11 +63,19 @@ def from_folder(folder: Path, name: str, how: Reading) -> TransformerBridge:
     return bridge.eval()
 
 
+def _own_tokenizer(where: str | Path, **told: Any) -> PreTrainedTokenizerBase:
+    """Return a model's own tokenizer, with a token to pad by, which bridges want for text."""
+    tokenizer = AutoTokenizer.from_pretrained(where, **told)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def from_hub(name: str, how: Reading) -> TransformerBridge:
     """Load a name on the hub, or from the hub's cache on this disk; see `load_model`."""
     try:
         module = _read(name, how)
-        tokenizer = how.tokenizer or AutoTokenizer.from_pretrained(
+        tokenizer = how.tokenizer or _own_tokenizer(
             name, revision=how.revision, trust_remote_code=how.trust_remote_code
         )
     except OSError as error:

@@ -126,6 +126,8 @@ def full_disk(folder: str | PathLike[str]) -> Iterator[None]:
     """Raise a `DiskFullError` where the block meets a full disk."""
     try:
         yield
+    except DiskFullError:
+        raise
     except (OSError, sqlite3.OperationalError) as error:
         full = isinstance(error, OSError) and error.errno in _FULL
         if not (full or "disk is full" in str(error)):
