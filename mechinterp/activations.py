@@ -88,6 +88,13 @@ class Activations(Mapping[Key, Tensor]):
 
         With a single stored prompt, every row reads that one.
 
+        Args:
+            site: Of the stored ones.
+            layer: Of the stored ones; None for ``embed``.
+            prompt: The prompt of each row.
+            position: Its position, in the prompt's own coordinates.
+            heads: Which heads; all by default.
+
         Raises:
             ValueError: A prompt, position or head is not stored.
         """
@@ -105,11 +112,20 @@ class Activations(Mapping[Key, Tensor]):
         return picked if heads is None else picked[:, self._head_slots(key, heads)]
 
     def has(self, prompt: Int[Tensor, " row"], position: Int[Tensor, " row"]) -> Tensor:
-        """Return for each pair whether it is stored: ``Bool[row]``."""
+        """Return for each ``prompt`` and ``position`` whether it is stored: ``Bool[row]``."""
         return (self.index[self._prompt_rows(prompt)] == position.cpu()[:, None]).any(1)
 
     def mean(self, site: str, layer: int | None, heads: Sequence[int] | None = None) -> Tensor:
-        """Return the mean over every stored position of every prompt."""
+        """Return the mean over every stored position of every prompt.
+
+        Args:
+            site: Of the stored ones.
+            layer: Of the stored ones; None for ``embed``.
+            heads: Which heads; all by default.
+
+        Raises:
+            KeyError: The site or layer is not stored.
+        """
         key = self._known((site, layer))
         tensor = by_position(site, self.stored[key])
         mean = tensor[self.mask.to(tensor.device)].double().mean(0).to(tensor.dtype)
@@ -123,6 +139,12 @@ class Activations(Mapping[Key, Tensor]):
         heads: Sequence[int] | None = None,
     ) -> Float[Tensor, "row ..."]:
         """Return, per row, the mean over the prompts that store the row's position.
+
+        Args:
+            site: Of the stored ones.
+            layer: Of the stored ones; None for ``embed``.
+            position: The position of each row.
+            heads: Which heads; all by default.
 
         Raises:
             ValueError: No prompt stores one of the positions.
@@ -150,8 +172,9 @@ class Activations(Mapping[Key, Tensor]):
     def to_xarray(self, site: str, *, gradients: bool = False) -> xr.DataArray:
         """Return one site as a labelled array with axes layer, prompt, position, head, ….
 
-        Slots without a position are NaN. Where prompts store different positions, the axis is
-        ``slot`` and ``position`` is a coordinate over prompt and slot.
+        With ``gradients``, the metric's gradient there. Slots without a position are NaN. Where
+        prompts store different positions, the axis is ``slot`` and ``position`` is a coordinate
+        over prompt and slot.
         """
         check_site_name(site)
         store = self.gradients if gradients else self.stored
@@ -165,7 +188,7 @@ class Activations(Mapping[Key, Tensor]):
         return xr.concat(arrays, dim="layer", join="outer").assign_coords(layer=layers)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: complete, or not at all."""
+        """Write a safetensors file to ``path``: complete, or not at all."""
         header, tensors = self.to_parts()
         metadata = {"format": FORMAT, "header": json.dumps(header)}
         with written_beside(path) as temporary:
@@ -173,7 +196,7 @@ class Activations(Mapping[Key, Tensor]):
 
     @classmethod
     def load(cls, path: str | Path) -> "Activations":
-        """Return what ``save`` wrote; each tensor is read when it is asked for.
+        """Return what ``save`` wrote to ``path``; each tensor is read when it is asked for.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -220,7 +243,7 @@ class Activations(Mapping[Key, Tensor]):
     def from_parts(
         cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> "Activations":
-        """Return the activations that ``to_parts`` took apart."""
+        """Return what ``to_parts`` took apart into ``header`` and ``tensors``."""
         return cls._from_header(header, tensors["index"], tensors)
 
     @classmethod
@@ -243,7 +266,13 @@ class Activations(Mapping[Key, Tensor]):
 
     @classmethod
     def of_tensor(cls, site: str, layer: int | None, tensor: Tensor) -> "Activations":
-        """Return one site-shaped tensor, every position of every prompt, as activations."""
+        """Return one site-shaped tensor, every position of every prompt, as activations.
+
+        Args:
+            site: What the tensor is of.
+            layer: Likewise; None for ``embed``.
+            tensor: With the axes ``prompt`` and those of the site.
+        """
         n, width = by_position(site, tensor).shape[:2]
         axis = head_axis(site)
         heads = None if axis is None else tuple(range(tensor.shape[AXES[site].index(axis)]))

@@ -26,6 +26,12 @@ def random_heads(
     without replacement; the sets are drawn independently, so two may be equal. Heads are
     query heads, as pairs (layer, head).
 
+    Args:
+        model: Says which heads there are.
+        heads: The heads to match, as pairs (layer, head).
+        n: How many sets.
+        seed: Of the draws.
+
     Raises:
         ValueError: ``n`` is below 1, there are no heads, one does not exist or is named twice,
             or a layer has too few others.

@@ -79,7 +79,7 @@ class Convention:
 
     @classmethod
     def from_json(cls, text: str) -> "Convention":
-        """Return the convention that ``to_json`` wrote, without fields unknown here."""
+        """Return the convention whose ``to_json`` is ``text``, without fields unknown here."""
         known = {f.name for f in fields(cls)}
         return cls(**{name: value for name, value in json.loads(text).items() if name in known})
 
@@ -228,9 +228,14 @@ class Result(ABC):
     ) -> xr.DataArray:
         """Return how many prompts each cell needs for an interval of ``effect ± half_width``.
 
-        ``half_width`` is in the metric's unit. Judged by the spread over these prompts; with
-        ``by="template"``, how many templates of as many prompts. NaN where one prompt shows no
-        spread.
+        Judged by the spread over these prompts. NaN where one prompt shows no spread.
+
+        Args:
+            half_width: In the metric's unit.
+            metric: Which of several metrics (default: the first).
+            by: ``"prompt"``, or ``"template"`` for the number of templates, each of as many
+                prompts.
+            confidence: Of the interval.
 
         Raises:
             ValueError: The numbers have no prompt axis or template labels, or ``half_width``
@@ -348,7 +353,7 @@ class NotedFrame(pd.DataFrame):
 
 
 def load_result(path: str | PathLike[str]) -> Result:
-    """Return the result in a file, whichever method made it.
+    """Return the result in the file ``path``, whichever method made it.
 
     Raises:
         FileNotFoundError: There is no such file.

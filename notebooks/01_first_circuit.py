@@ -25,10 +25,10 @@ task = mi.load_task("induction", model, n=32, seed=0)
 task.show(n=2)
 
 # %% [markdown]
-# Three roles name the places that matter, wherever they lie in a prompt: `end` is the last
-# token, where the answer is read; `current` is its earlier occurrence; `successor` is the token
-# after that, which is the answer. The corrupted prompt differs in that one token, `successor`,
-# and so has another answer. Does the model know the difference?
+# Three roles name the places that matter, wherever they lie in a prompt. `end` is the last
+# token, where the answer is read. `current` is the earlier occurrence of that token, and
+# `successor` the token after it, which is the answer. The corrupted prompt has another token at
+# `successor`, and so another answer. Does the model get the clean prompts right?
 
 # %%
 kept = task.filter(model)
@@ -47,13 +47,13 @@ heads.plot()
 heads.top(5)
 
 # %% [markdown]
-# Two heads of layer 0 bring back the most, then several of layer 1. A head that does the same
-# in both runs brings nothing back, however needed it is: this is the list of what carries the
-# *difference*.
+# Two heads of layer 0 bring back the most, then several of layer 1. This is the list of heads
+# that carry the *difference*: one that does the same in both runs brings nothing back, however
+# much it is needed.
 #
 # ## Where does the information travel?
 #
-# The same for the residual stream entering each layer, one role at a time.
+# Now patch the residual stream as it enters each layer, one role at a time.
 
 # %%
 stream = mi.activation_patching(
@@ -62,17 +62,17 @@ stream = mi.activation_patching(
 stream.plot()
 
 # %% [markdown]
-# Entering layer 0, everything is at `successor`, the only token that differs; from layer 2 on
-# everything is at `end`, where heads of layer 1 put it. `current` comes before the difference,
-# so nothing can be there. And entering layer 1, none of the three has more than a trace: it is
-# not lost, but at positions that no role names. Notebook 02 finds them.
+# At the input of layer 0 everything is at `successor`, the only token that differs. From layer
+# 2 on everything is at `end`, where heads of layer 1 put it. `current` comes before the
+# difference, so nothing can be there. At the input of layer 1 none of the three has more than a
+# trace: the information is not lost, but at positions that no role names. Notebook 02 finds
+# them.
 #
 # ## Is it the cause?
 #
-# Take the best three heads out of the clean run, together, by giving them what they have in the
-# corrupted run; then three others of the same layers, drawn at random, a few times. What would
-# change our mind: a logit difference that falls just as much for the others, or not at all for
-# these.
+# Take the best three heads out of the clean run, together, by giving them the output that they
+# have in the corrupted run. Then do the same with three other heads of the same layers, drawn
+# at random, a few times.
 
 # %%
 best = [(int(row["layer"]), int(row["head"])) for _, row in heads.top(3).iterrows()]
@@ -84,15 +84,15 @@ for some, left in zip(sets, out.data["ablated"].mean("prompt").values, strict=Tr
     print(f"{name} {left:6.2f} nats   {sorted(some)}")
 
 # %% [markdown]
-# Without the three the model is as sure of the wrong token as it was of the right one; without
-# three others of the same layers it still is right by nine nats and more. They are the cause of
-# the difference.
+# Without these three the model is as sure of the wrong token as it was of the right one.
+# Without three others of the same layers it is still right, by 8.8 nats or more. So these
+# three cause the difference.
 #
 # ## Are they all that copying needs?
 #
-# A harder cut: the same heads at their mean output, which takes away all that they say, not
-# only what differs between two runs. Measured is the loss on the second copy of new random
-# tokens.
+# A harder test gives the same heads their mean output. That takes away all that they say, not
+# only what differs between the two runs. What it costs is the rise of the loss on the second
+# copy of new random tokens.
 
 # %%
 prompts = mi.repeated_tokens(model, n=32, length=32, seed=1)
@@ -114,11 +114,20 @@ for some in sets:
         print(f"{name}  {second_copy_loss():.2f} nats   {sorted(some)}")
 
 # %% [markdown]
-# No: now some of the other sets cost about as much. 0.0, 0.2 and 1.1 together change nothing
-# above, and here as much as the best. Other heads of layer 0 say the same in both runs, so
-# patching cannot show them, and copying needs them all the same. (Sets from any layer would
-# have hidden that, which is why these are from the same ones.)
+# No: now some of the other sets cost about as much. Heads 0.0, 0.2 and 1.1 together changed
+# nothing above, and cost as much as the best here. Other heads of layer 0 say the same in both
+# runs, so patching cannot show them, and copying needs them all the same. (Sets drawn from all
+# layers would have hidden that, which is why these come from the same layers.)
 #
-# So: heads 0.1 and 0.3 carry which token followed, those of layer 1 (1.2, 1.7 and more) bring
-# it to the end, and they do so on top of what the rest of layer 0 provides. Which question was
-# asked decides which heads are found.
+# The answer: heads 0.1 and 0.3 carry which token followed, and heads of layer 1 (1.2, 1.7 and
+# more) bring it to the end, on top of what the rest of layer 0 provides. Which heads are found
+# depends on which question was asked.
+#
+# ## What would have changed the answer
+#
+# - Had the logit difference fallen just as much without three random heads, or not at all
+#   without the best three, these would not be the cause.
+# - Had the mean ablation cost nothing for any other set, the three would be all that copying
+#   needs.
+# - Another corruption would have asked another question: patching shows only what carries the
+#   difference between the two prompts.

@@ -11,11 +11,11 @@
 # %% [markdown]
 # # What does a patch say, and what does it not?
 #
-# Activation patching takes one activation from one run and puts it into another. The same grid
-# of numbers answers different questions, depending on which run gives and which takes, where
-# the patch is, and what the two prompts differ in. Here the answers are put beside each other,
-# on a trained model, and then on one whose circuit is known because its weights were written
-# down.
+# Activation patching takes one activation from one run and puts it into another. The grid of
+# numbers that comes out answers different questions, depending on which run gives and which
+# takes, where the patch is, and what the two prompts differ in. Here the answers stand beside
+# each other: first for a trained model, then for one whose circuit is known because its weights
+# were written down.
 
 # %%
 import matplotlib.pyplot as plt
@@ -56,9 +56,9 @@ enough.top(6)[["layer", "head"]].assign(
 )
 
 # %% [markdown]
-# The two nearly agree here, and each column adds up to well over 1: heads of layer 0 feed those
-# of layer 1, so the same difference passes both. Shares of single heads are not parts of a
-# whole.
+# The two directions nearly agree here. Each column adds up to well over 1, because heads of
+# layer 0 feed those of layer 1 and the same difference passes through both. Shares of single
+# heads are not parts of a whole.
 #
 # ## Where in the prompt, and in which part of a layer?
 #
@@ -77,8 +77,8 @@ plt.show()
 # on everything is at `end`, where attention of layer 1 put it, and the MLPs carry it on.
 # `current` is before the first difference: its cells are exactly 0 and cost nothing.
 #
-# But at the input of layer 1 no role has it. A role that was not named is not looked at; so
-# look at every position:
+# But at the input of layer 1 no role has it. A sweep over roles does not see what lies
+# elsewhere, so look at every position:
 
 # %%
 each = mi.activation_patching(model, task, "resid_pre", positions="each")
@@ -99,8 +99,9 @@ plt.show()
 #
 # ## How sure is that?
 #
-# Every value per prompt is kept. Intervals are over prompts, p-values are corrected for all
-# heads; that a head does nothing is tested, too, against a margin of 5 % of the gap.
+# A result keeps every value per prompt. Intervals are over prompts, and p-values are corrected
+# for all heads. Whether a head does next to nothing is tested as well, against a margin of 5 %
+# of the gap between the runs.
 
 # %%
 sure = enough.statistics()
@@ -115,7 +116,7 @@ print(f"for ± 0.5 nats everywhere: {int(needed_prompts.max())} prompts")
 # %% [markdown]
 # ## Trap 1: one of two is enough
 #
-# A known model with two heads that do the same. Denoising finds both. Noising one of them
+# This known model has two heads that do the same. Denoising finds both. Noising one of them
 # changes nothing, since the other is still there; noising both breaks everything.
 
 # %%

@@ -11,9 +11,10 @@
 # %% [markdown]
 # # When does the model know what comes next?
 #
-# A lens reads the residual stream after each layer as if the model ended there. It tells when
-# the answer can be read, not when it is computed, and not whether what is read is used. Here
-# three readings are compared: the logit lens, a tuned lens, and direct logit attribution.
+# A lens reads the residual stream after each layer as if the model ended there. It tells from
+# which layer on the answer can be read. It does not tell when the answer is computed, nor
+# whether the model uses what can be read. Three readings are compared here: the logit lens, a
+# tuned lens, and direct logit attribution.
 
 # %%
 import matplotlib.pyplot as plt
@@ -27,8 +28,8 @@ task = mi.load_task("induction", model, n=32, seed=0).filter(model)
 # %% [markdown]
 # ## The logit lens
 #
-# Random tokens, then their beginning again: at the end of the prompt the answer is the token
-# that followed before. Its rank after each layer, where 0 is the first choice:
+# The prompts are random tokens, then their beginning again, so the answer is the token that
+# came next the first time. Here is its rank after each layer, where 0 is the first choice:
 
 # %%
 seen = mi.logit_lens(model, task)
@@ -36,7 +37,8 @@ seen.figure()
 plt.show()
 
 # %% [markdown]
-# One prompt of running text, token by token. Each cell is what the layer would say next.
+# The next picture reads one prompt of running text, token by token. Each cell shows what the
+# model would say next if it ended there.
 
 # %%
 text = mi.Text.from_strings(
@@ -89,9 +91,9 @@ shares.top(5)
 # %% [markdown]
 # ## Is what is read also used?
 #
-# Reading is not causing. Take the components that write most out, one at a time, and compare
-# the loss of logit difference with their share. Where the first is smaller, later layers made
-# up for it; where it is larger, others needed what the component wrote.
+# Reading is not causing. So take every head out, one at a time, and compare what the logit
+# difference loses with the head's share of it. Where less is lost, later layers made up for the
+# head; where more is lost, other components needed what it wrote.
 
 # %%
 heads = shares.heads.mean("prompt")

@@ -12,8 +12,9 @@
 # # When does a model learn to copy, and with which heads?
 #
 # An induction head looks for an earlier occurrence of the current token and copies what
-# followed it. First the evidence on the embedded model's heads, in one account; then a training
-# run whose checkpoints were kept: do the heads and the ability appear together?
+# followed it. The first part gathers the evidence on the embedded model's heads in one account.
+# The second follows a training run whose checkpoints were kept: do the heads and the ability
+# appear together?
 
 # %%
 import json
@@ -28,9 +29,9 @@ model = mi.load_model()
 # %% [markdown]
 # ## The dossier
 #
-# Where heads look (prefix matching), what they do with it (copying), who feeds them (by
-# weights, and by patching paths into their keys), and what the second copy loses without them,
-# beside random sets of heads of the same layers.
+# It says where heads look (prefix matching), what they do with what they see (copying), who
+# feeds them (by weights, and by patching paths into their keys), and what the second copy loses
+# without them, beside random sets of heads of the same layers.
 
 # %%
 dossier = mi.induction_dossier(model, k=4, n=20, n_sets=100, n_prompts=8)
@@ -41,11 +42,11 @@ dossier.figure()
 plt.show()
 
 # %% [markdown]
-# The account is careful, and right to be: seven of the eight heads of layer 1 match prefixes,
-# so the random sets of that layer are made of such heads, too, and there are only 15 of them.
-# What can be said is that the two candidates cost more than any other two.
+# The account is careful, and rightly so: seven of the eight heads of layer 1 match prefixes, so
+# the random sets of that layer are made of such heads, too, and there are only 15 of them. What
+# can be said is that the two candidates cost more than any other two.
 #
-# One of them, on one prompt: queries of the second copy look along the first.
+# Here is one of them on one prompt. Queries of the second copy look along the first:
 
 # %%
 task = mi.load_task("induction", model, n=1, seed=3)
@@ -85,8 +86,8 @@ curve.means().to_dataframe()
 # %% [markdown]
 # Prefix matching rises late and fast, and most of the in-context score and of the last fall of
 # the loss come in the same steps. A part of the score, some 0.5 nats, is there before any head
-# matches prefixes. Coincidence in time is not cause. So take the best head out, and then all
-# heads that match prefixes in the end, before the change and after it.
+# matches prefixes. But what happens at the same time need not be the cause. So take out the
+# best head, and then all heads that match prefixes in the end, before the change and after it.
 
 # %%
 scores = curve.data["induction"].sel(step=1200)
@@ -109,8 +110,8 @@ for step in (200, 400, 1200):
         print(f"           {left:.2f} without {heads}")
 
 # %% [markdown]
-# After the change the whole score goes with these heads, and hardly any of it with the best
-# alone.
+# After the change, the whole score is gone without these heads, and hardly any of it without
+# the best one alone.
 #
 # ## What would have changed the answer
 #

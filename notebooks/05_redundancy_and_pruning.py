@@ -11,9 +11,10 @@
 # %% [markdown]
 # # How many heads can go before the model forgets how to copy?
 #
-# First an atlas: which heads look at the same, write the same, read the same? Then heads go, in
-# several orders, and what is left is measured on data that did not rank them. Then they go
-# for good: a smaller model, checked against the masked one.
+# First comes an atlas: which heads look at the same tokens, and read and write the same? Then
+# heads are taken out, in several orders, and what is left is measured on data that did not rank
+# them. In the end they are cut out of the weights, and the smaller model is checked against the
+# masked one.
 
 # %%
 from tempfile import TemporaryDirectory
@@ -43,9 +44,10 @@ plt.show()
 atlas.clusters(n=8)
 
 # %% [markdown]
-# Alike is not interchangeable. For the pairs most alike: is the loss without both the sum of
-# the losses without each? 0 says that they are worth the same apart and together. Above 0, each
-# stands in for the other, since the metric is a loss.
+# Heads that are alike need not be interchangeable. So for the most similar pairs: does taking
+# out both raise the loss by as much as taking out each does, added up? 0 says that they are
+# worth the same apart and together. Above 0, each stands in for the other, since the metric is
+# a loss.
 
 # %%
 closest = [
@@ -67,7 +69,8 @@ for pair, value in zip(together["pair"].values, together.values, strict=True):
 #
 # ## What is left as heads go
 #
-# Half of the data ranks, the other half measures. Random orders are the band to beat.
+# One half of the data ranks the heads, the other half measures what is left. The band of random
+# orders is what a ranking has to beat.
 
 # %%
 curve = mi.pruning_curve(
@@ -83,8 +86,8 @@ print(curve.against_random())
 
 # %% [markdown]
 # Along the curve both orders beat all six random ones (with six, no smaller `p_draws` exists).
-# By the gradient, eight heads can go for less than 0.25 nats. The atlas' first heads already
-# hurt: alike is not the same as unneeded.
+# In the order of the gradient, eight heads can go for less than 0.25 nats. In the order of the
+# atlas already the first heads hurt: to be like another head is not to be unneeded.
 #
 # ## A smaller model
 #
@@ -130,7 +133,7 @@ for name, one in (("whole", model), ("smaller", smaller)):
     print(f"{name:8} first copy {first:.2f} nats, second copy {second:.2f} nats")
 
 # %% [markdown]
-# Saved and loaded it is still the same, and knows what its heads were called.
+# Saved and loaded, the model is still the same, and knows what its heads were called.
 
 # %%
 with TemporaryDirectory() as folder:

@@ -130,7 +130,7 @@ plt.show()
 into_queries.top(5)
 
 # %% [markdown]
-# One head stands out, 20.0, and costs nearly a nat; its interval excludes 0, although 13
+# One head stands out, 20.0, and costs 0.8 nats; its interval excludes 0, although 13
 # prompts are too few for it to pass the correction for 207 heads. 19.2 comes next. In GPT-2
 # these were the S-inhibition heads, four of them.
 #

@@ -11,10 +11,10 @@
 # %% [markdown]
 # # Can a sweep be killed without anybody noticing?
 #
-# A sweep that takes a night will be stopped once: by a time limit, by a lid that closes. Here a
-# small one is killed in the middle and goes on. Its numbers are compared with those of a run
-# that nobody disturbed, and then with those of a model whose weights were rounded: the same
-# tool, another answer.
+# A sweep that takes a night is sooner or later stopped, by a time limit or by a lid that
+# closes. Here a small one is killed in the middle and goes on. Its numbers are compared with
+# those of a run that nobody disturbed. Then the same comparison is made with a model whose
+# weights were rounded, to see that it would have shown a difference.
 
 # %%
 import subprocess
@@ -37,7 +37,7 @@ command = str(Path(sys.executable).with_name("mechinterp"))
 # ## The spec
 #
 # Lists make a grid: here two ways to take a head out, times two draws of prompts. `split` cuts
-# each call into items, and an item is either done or not.
+# each call of the grid into items of work; an item is either done or not.
 
 # %%
 spec = {
@@ -55,8 +55,8 @@ print((folder / "heads.yaml").read_text())
 # %% [markdown]
 # ## Started, and killed
 #
-# In a process of its own, as on the command line, until a few items are done. Then `kill -9`,
-# which no program can catch.
+# The sweep runs in a process of its own, as on the command line, until a few items are done.
+# Then comes `kill -9`, which no program can catch.
 
 # %%
 process = subprocess.Popen(
@@ -144,9 +144,9 @@ resumed.sql(
 )
 
 # %% [markdown]
-# Another stand-in is another question. Zeros take away all that a head does, and 0.6 and 0.5
-# matter most. The corrupted run's output takes away only what differs between the runs: 0.3 and
-# 0.1, which notebook 01 found by patching.
+# What takes a head's place decides what is asked. Zeros take away all that a head does; then
+# 0.6 and 0.5 matter most. The corrupted run's output takes away only what differs between the
+# runs; then 0.3 and 0.1 do, which notebook 01 found by patching.
 #
 # ## A larger grid
 #
@@ -183,7 +183,7 @@ ax.set(xlabel="effect without a head (nats)", ylabel="the same, weights rounded"
 plt.show()
 
 # %% [markdown]
-# No number is the same, and no conclusion another: of effects up to nine nats, single prompts
+# Every number changed, and no conclusion did: with effects of up to nine nats, single prompts
 # moved by 0.27 at most, and the means by head stay on the diagonal.
 #
 # ## To show it

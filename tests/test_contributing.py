@@ -50,6 +50,28 @@ def entry() -> conformance.Method:
     return table["mlp_scaling"]
 
 
+def test_the_layout_names_every_module_of_the_package_on_its_floor():
+    package = Path(mi.__file__).parent
+    text = PAGE.read_text(encoding="utf-8")
+    table = re.findall(r"^\|.+\| (`.+?) \|.+\|$", text, re.MULTILINE)
+    rows = [re.findall(r"`([\w/.]+?)(?:\.py|/)`", row) for row in table]
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
+    assert {name for row in rows for name in row if "/" not in name} == folders | modules
+    lowest = [min(floor(name.replace("/", ".")) for name in row) for row in rows]
+    assert lowest == sorted(lowest, reverse=True)
+
+
+def test_every_check_that_is_named_is_one_that_ci_runs():
+    text = PAGE.read_text(encoding="utf-8")
+    ran = (PAGE.parent / ".ci" / "run").read_text(encoding="utf-8")
+    [shown] = re.findall(r"^```sh\n(.*?)^```", text[text.index("## How to run") :], re.M | re.S)
+    commands = re.findall(r"^([^#\n]+?)(?:\s*#.*)?$", shown, re.MULTILINE)
+    each = [part for command in commands for part in command.split(" && ")]
+    missing = [c for c in each if c not in ran and c not in ("pytest", ".ci/run")]
+    assert len(each) > 5 and not missing
+
+
 def test_the_page_shows_the_file_and_its_three_lines():
     assert [title for title, _ in BLOCKS] == [
         FILE,

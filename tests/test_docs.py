@@ -10,6 +10,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import yaml
+from conformance import public_methods
 from test_readme import script
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -123,6 +124,11 @@ def test_every_method_has_question_formula_code_source_convention_cost_and_limit
         assert re.search(r"^\*[^*]+\?\*", section, re.MULTILINE), f"{name} asks nothing"
         found = re.findall(r"^\*\*(\w+)\.\*\*", section, re.MULTILINE)
         assert [part for part in found if part in PARTS] == list(PARTS), f"{name} has {found}"
+
+
+def test_every_method_is_on_a_page_of_methods():
+    told = "\n".join(page.read_text(encoding="utf-8") for page in METHODS)
+    assert set(public_methods()) <= set(re.findall(r"\bmi\.(\w+)\(", told))
 
 
 def test_the_coverage_of_intervals_is_what_the_script_stored():

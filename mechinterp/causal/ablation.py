@@ -67,10 +67,17 @@ def head_ablation(
         screen: ``"bfloat16"`` ranks the cells in bfloat16 and computes the top ones again in
             the model's own dtype, as in ``mi.activation_patching``.
 
+    Returns:
+        The metric ``ablated``, with the axes ``prompt``, ``layer`` and ``head`` (or ``set``),
+        beside ``intact``, per prompt and in the metric's unit. ``effect`` is the difference.
+
     Raises:
         TypeError: ``data`` is none of these.
         ValueError: A head does not exist or is named twice in a set; the kind or metric is
             unknown, or the data has none of what it needs: before the model runs.
+
+    Source: Michel et al. 2019, arXiv:1905.10650 (zeros); Wang et al. 2022, arXiv:2211.00593
+    (means over a reference); Chan et al. 2022, Causal Scrubbing (resampling).
     """
     return _ablation(
         model,
@@ -111,9 +118,14 @@ def mlp_ablation(
         seed: As there.
         memory: As there.
 
+    Returns:
+        As ``mi.head_ablation``, with the axis ``layer`` (or ``set``).
+
     Raises:
         TypeError: As in ``mi.head_ablation``.
         ValueError: As there.
+
+    Source: As for ``mi.head_ablation``.
     """
     return _ablation(
         model,
@@ -153,9 +165,14 @@ def neuron_ablation(
         seed: As there.
         memory: As there.
 
+    Returns:
+        As ``mi.head_ablation``, with the axes ``layer`` and ``neuron`` (or ``set``).
+
     Raises:
         TypeError: As in ``mi.head_ablation``.
         ValueError: As there.
+
+    Source: As for ``mi.head_ablation``.
     """
     return _ablation(
         model,
@@ -183,6 +200,18 @@ def ablation_cells(
     """Return the cells that ``mi.head_ablation`` with these arguments runs.
 
     For ``mi.plan`` and for sweeps that combine them. Means and resamples are computed.
+
+    Args:
+        model: As in ``mi.head_ablation``, like all arguments.
+        data: As there.
+        kind: As there.
+        reference: As there.
+        heads: As there.
+        seed: As there.
+
+    Raises:
+        TypeError: As in ``mi.head_ablation``.
+        ValueError: As there.
     """
     measured = as_data(data, MEASURED, "ablation_cells")
     found = sets_of(model, "z", heads)

@@ -33,6 +33,8 @@ class AblationResult(Result):
 
         A dot in a grid, a filled point on a line: significant at 0.05 after correction for
         all cells by max-T. Of many sets those with the largest effects are shown.
+
+        ``metric`` is which of several (default: the first).
         """
         effect = self.effect_of(metric)
         if "neuron" in effect.dims:

@@ -102,6 +102,10 @@ def attribution_patching(
         batch_size: Prompts run at once; the numbers do not depend on it. A graph of the whole
             model is held for so many.
 
+    Returns:
+        Estimated effects (``score``) with the axes ``prompt`` and those swept, or ``sender``
+        and ``receiver``, in the metric's unit.
+
     Raises:
         TypeError: ``data`` is not a task.
         ValueError: As for ``mi.activation_patching``; a metric has no gradient or looks at

@@ -66,7 +66,7 @@ class AttributionResult(Result):
     ) -> Axes:
         """Draw the ``n`` edges with the largest estimates as arrows between their nodes.
 
-        As ``PatchingResult.diagram``.
+        As ``PatchingResult.diagram``. ``metric`` is which of several (default: the first).
 
         Raises:
             ValueError: These are estimates of places, not of edges.

@@ -62,6 +62,9 @@ def audit(
     Raises:
         TypeError: ``data`` is not a task, or ``result`` no attribution.
         ValueError: Model, data or metric are not those of the result; a number is too small.
+
+    Source: Nanda 2023, neelnanda.io/attribution-patching, compares estimates with exact
+    patches; totals over a stratified sample: Horvitz and Thompson 1952.
     """
     task = as_data(data, accepts=(Task,), method="audit")
     if not isinstance(result, AttributionResult):

@@ -106,7 +106,7 @@ class AuditResult(Result):
         and ``high``, the 95 % interval of the effect, ``p_adjusted``, its p-value corrected for
         all cells of the attribution (``statistics`` says how), ``rank``, the place of the
         estimate among all cells from 1, and ``chosen``. The line below the table is as in other
-        results.
+        results. ``metric`` is the audited one.
         """
         self.of_metric(self.effect, metric)  # raises for one that was not measured
         table = self._table().sort_values("size", ascending=False, kind="stable")

@@ -78,12 +78,20 @@ def activation_patching(
         screen: ``"bfloat16"`` ranks the cells in bfloat16 and computes the top ones again in
             the model's own dtype; ``data["exact"]`` says which. Default: all are exact.
 
+    Returns:
+        The metric under every patch, ``patched``, with the axes ``prompt`` and those swept,
+        beside ``clean`` and ``corrupted``, the two runs'; all per prompt, in the metric's unit.
+        ``effect`` and ``recovered`` (``destroyed`` when noising) are computed from them.
+
     Raises:
         TypeError: ``data`` is not a task.
         ValueError: A site, layer, head, role, position or metric does not exist; the task has
             no corrupted run; positions of the two runs do not correspond; the memory is too
             small for a single cell. All of these before the model runs. Later: an activation
             or a metric is NaN or infinite.
+
+    Source: Vig et al. 2020, arXiv:2004.12265; Meng et al. 2022, arXiv:2202.05262; the two
+    directions: Heimersheim and Nanda 2024, arXiv:2404.15255.
     """
     task = as_data(data, accepts=(Task,), method="activation_patching")
     check_option("method", method, ("engine", "reference"))
@@ -161,6 +169,21 @@ def patching_cells(
 
     For ``mi.plan`` (how long will it take?) and for sweeps that combine them. They are applied
     ``on="corrupted"`` when denoising, ``on="clean"`` when noising. Nothing runs.
+
+    Args:
+        model: As in ``mi.activation_patching``, like all arguments.
+        data: As there.
+        site: As there.
+        direction: As there.
+        positions: As there.
+        layers: As there.
+        heads: As there.
+        align: As there.
+        window: As there.
+
+    Raises:
+        TypeError: As in ``mi.activation_patching``.
+        ValueError: As there.
     """
     task = as_data(data, accepts=(Task,), method="patching_cells")
     grid = grid_of(

@@ -73,7 +73,8 @@ class PatchingResult(Result):
         A dot in a grid, a filled point on a line: significant at 0.05 after correction for
         all cells by max-T (``statistics`` says how). Lines have a band, the 95 % interval of
         the effect; on the scale of the share it is divided by the mean gap, whose own
-        uncertainty it leaves out.
+        uncertainty it leaves out. A sweep over layers, heads and positions shows the heads with
+        the largest effects.
 
         Args:
             ax: Where to draw; a new figure by default.
@@ -86,8 +87,6 @@ class PatchingResult(Result):
 
         Raises:
             ValueError: The share is asked for and there is no clear gap to take one of.
-
-        A sweep over layers, heads and positions shows the heads with the largest effects.
         """
         share = self.of_metric(self._share(), metric)
         if value is None:

@@ -88,6 +88,9 @@ def path_patching(
             to any receiver, or no sender one to a named receiver or stop; edits are in force
             inside the blocks. All before any forward pass. Later: the memory is too small for a
             single path.
+
+    Source: Wang et al. 2022, arXiv:2211.00593, section 3.1; Goldowsky-Dill et al. 2023,
+    arXiv:2304.05969.
     """
     task = as_data(data, accepts=(Task,), method="path_patching")
     check_option("direction", direction, ("denoising", "noising"))

@@ -51,10 +51,17 @@ def self_repair(
         seed: As there.
         memory: As there.
 
+    Returns:
+        ``direct``, the ``change`` of every component and ``rescaling``, per ``prompt`` and
+        ``set``, in nats of log-odds; they add up to ``total``.
+
     Raises:
         TypeError: ``data`` is not a task.
         ValueError: As in ``mi.head_ablation`` and ``mi.direct_logit_attribution``: a model
             without an unembedding, or one that normalises after adding (BERT).
+
+    Source: McGrath et al. 2023, arXiv:2307.15771; the norm's part: Rushing and Nanda 2024,
+    arXiv:2402.15390.
     """
     task = as_data(data, (Task,), "self_repair")
     name = "logit" if task.distractors is None else "logit_diff"

@@ -68,8 +68,18 @@ def cell_logits(
 ) -> Float[Tensor, "cell prompt d_vocab"]:
     """Return the logits at the answers under each cell.
 
-    Arguments and errors are those of ``mi.cell_metrics``. The result alone takes cells x
-    prompts x vocabulary numbers.
+    Unit: logits. The result alone takes cells x prompts x vocabulary numbers.
+
+    Args:
+        model: As in ``mi.cell_metrics``, like all arguments.
+        data: A ``Task``.
+        cells: As there.
+        on: As there.
+        memory: As there.
+
+    Raises:
+        TypeError: ``data`` is not a task.
+        ValueError: As there.
     """
     chosen = _sweep(model, as_data(data, (Task,), "cell_logits"), cells, on)
     with torch.no_grad():
@@ -89,6 +99,18 @@ def plan(
 
     Cells, token-layers, arithmetic, seconds and peak bytes. Nothing of the sweep runs; the
     model's blocks are timed for about a second.
+
+    Args:
+        model: As in ``mi.cell_metrics``, like all arguments.
+        data: As there.
+        cells: As there.
+        on: As there.
+        metric: As there.
+        memory: As there; the peak is that within this limit.
+
+    Raises:
+        TypeError: As in ``mi.cell_metrics``.
+        ValueError: As there.
     """
     measured = as_data(data, MEASURED, "plan")
     metrics = resolve_metrics(metric, measured.metric)

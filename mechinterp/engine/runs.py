@@ -173,6 +173,13 @@ def run_activations(
     They stand in edits like captured ones (``mi.edits.Replace("z", acts)``), run nothing and
     hold nothing until ``mi.cell_metrics`` or the like uses them.
 
+    Args:
+        model: Whose activations they are.
+        task: The task that the sweep is of.
+        run: ``"clean"`` or ``"corrupted"``.
+        sites: One site name or several.
+        layers: Which layers; all that have the site by default.
+
     Raises:
         ValueError: The run, a site or a layer does not exist.
     """

@@ -99,6 +99,13 @@ class AttentionPatterns(Result):
     ) -> Figure:
         """Draw many heads beside each other: those named, a whole layer's, or the first 16.
 
+        Args:
+            heads: Which, as pairs (layer, head).
+            layer: Or all that were kept of a layer.
+            prompt: Which prompt; the first kept by default.
+            start: The first position shown, of queries and keys.
+            stop: The position after the last one shown; the end by default.
+
         Raises:
             ValueError: One of them was not kept, or none is of that layer.
         """

@@ -40,7 +40,17 @@ class Composition(Result):
         return self.data["composition"]
 
     def partners(self, layer: int, head: int, kind: str = "K", n: int = 5) -> pd.DataFrame:
-        """Return the ``n`` heads that compose most with a head, the strongest first."""
+        """Return the heads that compose most with a head, the strongest first.
+
+        Args:
+            layer: Of the head that reads.
+            head: Likewise.
+            kind: ``"Q"``, ``"K"`` or ``"V"``.
+            n: How many of the heads that it reads.
+
+        Raises:
+            ValueError: There is no such kind of composition.
+        """
         own = self.effect_of(kind).sel(layer=layer, head=head)
         order = np.argsort(-np.nan_to_num(own.values, nan=-np.inf), axis=None, kind="stable")
         where = np.unravel_index(order[:n], own.shape)
@@ -83,7 +93,7 @@ class Composition(Result):
 
 @torch.no_grad()
 def composition(model: TransformerBridge) -> Composition:
-    """Return the Q-, K- and V-composition of every pair of heads, less the random baseline.
+    """Return the Q-, K- and V-composition of every pair of heads of a model, less chance.
 
     For sender A and receiver B, ``‖W_OV^A W_K^B W_Q^B.T‖ / (‖W_OV^A‖ ‖W_QK^B‖)`` (K),
     ``‖W_OV^A W_QK^B‖ / ...`` (Q) and ``‖W_OV^A W_OV^B‖ / ...`` (V), in Frobenius norms, with
@@ -94,10 +104,10 @@ def composition(model: TransformerBridge) -> Composition:
     What weights alone cannot say is left out: rotary turns of queries and keys, norms of
     queries and keys, and biases. Computed in float32 at least.
 
-    Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
-
     Raises:
         ValueError: No layer of the model has attention heads.
+
+    Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
     """
     layers = site_layers(model, "z")
     if not layers:

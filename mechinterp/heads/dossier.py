@@ -69,6 +69,9 @@ def induction_dossier(
         early: Which is early.
         seed: Of all that is drawn.
 
+    Returns:
+        The account; every part of it is a result of its own.
+
     Raises:
         TypeError: ``text`` is no ``Text``.
         ValueError: A number is too small; a head does not exist or is named twice, or too few

@@ -74,6 +74,9 @@ def few_shot(
         ValueError: Too few pairs, an unknown condition, a template without places, no
             tokenizer, prompts longer than the context, or a model that is no causal language
             model: all before the model runs.
+
+    Source: Min et al. 2022, arXiv:2202.12837; tasks and format: Todd et al. 2023,
+    arXiv:2310.15213.
     """
     pairs = as_pairs(data, "few_shot")
     numbers, kinds = _checked(model, pairs, shots, conditions, n, template)

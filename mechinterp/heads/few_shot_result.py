@@ -39,7 +39,7 @@ class FewShotResult(Result):
         return self.data["value"].sel(metric="exact", drop=True).mean("prompt")
 
     def curve(self, *, metric: str | None = None) -> xr.Dataset:
-        """Return ``mean``, ``low`` and ``high`` (95 % bootstrap over queries)."""
+        """Return ``mean``, ``low``, ``high`` (95 % bootstrap over queries) of a ``metric``."""
         value = self.of_metric(self.data["value"], metric).transpose(..., "prompt")
         low, high = stats.bootstrap_interval(inference.per_prompt(value))
         mean = value.mean("prompt")

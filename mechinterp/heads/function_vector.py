@@ -91,7 +91,11 @@ class FunctionVector:
         return found / found.norm() * self.vector.norm()
 
     def of_heads(self, heads: int | Sequence[Head]) -> "FunctionVector":
-        """Return the vector that sums other heads: the strongest so many, or those named."""
+        """Return the vector that sums other ``heads``: the strongest so many, or those named.
+
+        Raises:
+            ValueError: There is no such head.
+        """
         chosen = self.effects.strongest(heads) if isinstance(heads, int) else list(heads)
         for layer, head in chosen:
             if layer not in self.written or not 0 <= head < len(self.written[layer]):
@@ -123,6 +127,10 @@ class FunctionVector:
             n_random: How many random directions.
             seed: Of these.
             memory: As in ``mi.activation_patching``.
+
+        Returns:
+            The metrics with and without the vector, per layer and query, beside the random
+            vectors and the control.
 
         Raises:
             ValueError: Another model; words that the vector was made from; no such layer.
@@ -220,7 +228,7 @@ class FunctionVector:
 
     @classmethod
     def load(cls, folder: str | Path) -> "FunctionVector":
-        """Return the vector that ``save`` wrote.
+        """Return the vector that ``save`` wrote into ``folder``.
 
         Raises:
             FileNotFoundError: There is no such folder, or a file is missing.

@@ -42,6 +42,8 @@ class FunctionVectorEffect(Result):
 
         ``(1 + draws whose mean effect is as large) / (1 + draws)``, as in a permutation test:
         100 draws can give 0.0099 at the least.
+
+        ``metric`` is which of several (default: the first).
         """
         mine = self.of_metric(self.effect, metric).mean("prompt")
         theirs = self.of_metric(self.random_effect, metric).mean("prompt")
@@ -90,6 +92,8 @@ class FunctionVectorEffect(Result):
         """Draw zero-shot, the vector, its control and each random vector, per layer.
 
         Bars of the vector are 95 % bootstrap intervals over queries.
+
+        ``metric`` is which of several (default: the first).
         """
         value = self.of_metric(self.data["with_vector"], metric).transpose("layer", "prompt")
         random = self.of_metric(self.data["with_random"], metric).mean("prompt")

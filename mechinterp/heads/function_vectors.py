@@ -75,6 +75,8 @@ def function_vector(
         TypeError: ``data`` is no pairs of words.
         ValueError: Too few pairs or heads, no tokenizer, prompts longer than the context, a
             model that is not causal, or one whose attention is normed after it is added.
+
+    Source: Todd et al. 2023, arXiv:2310.15213, sections 2.2 and 2.3.
     """
     pairs = as_pairs(data, "function_vector")
     check_causal(model, "function_vector")

@@ -90,7 +90,7 @@ def heal(
     evaluations: int = 5,
     seed: int = 0,
 ) -> Healed:
-    """Fine-tune a copy of the model for a few steps, and return it with its curve.
+    """Fine-tune a copy of the model for a few steps.
 
     AdamW on the loss, with a tenth of the steps to warm up, a linear way down and gradients
     clipped at 1. Dropout is off.
@@ -110,6 +110,9 @@ def heal(
         metric: What the curve shows. Default: the data's own.
         evaluations: How many points the curve has after its first.
         seed: Of the order of prompts, and of what LoRA begins with.
+
+    Returns:
+        The healed model, and the curve of the metric over the updates.
 
     Raises:
         TypeError: ``data`` is none of these, or ``evaluate_on`` of another kind.

@@ -48,6 +48,8 @@ def icl_score(
         ValueError: No piece is long enough (it says how long one must be and how many
             qualify), ``early`` is not before ``late``, nothing predicts the early token, or
             the model is no causal language model.
+
+    Source: Olsson et al. 2022, arXiv:2209.11895.
     """
     text = as_data(data, (Text,), "icl_score")
     chosen, skipped = pieces(model, text, late=late, early=early, start=start)

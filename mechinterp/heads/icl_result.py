@@ -38,7 +38,7 @@ class IclResult(Result):
         return float(self.effect.sel(token=self._late).mean())
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Return the bootstrap interval of the score, by document.
+        """Return the bootstrap interval of the score with a ``confidence``, by document.
 
         NaN for a single piece of a single document.
         """
@@ -64,7 +64,8 @@ class IclResult(Result):
     def top(self, n: int = 10, *, metric: str | None = None) -> pd.DataFrame:
         """Return the ``n`` tokens whose loss differs most from the early one's.
 
-        ``low`` and ``high`` are the 95 % bootstrap interval of the mean, by document.
+        ``low`` and ``high`` are the 95 % bootstrap interval of the mean, by document. There is
+        one metric, the loss, so ``metric`` says nothing.
         """
         effect = self.of_metric(self.effect, metric).transpose("token", "prompt")
         low, high = stats.bootstrap_interval(effect.values, clusters=self._units)

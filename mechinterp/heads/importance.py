@@ -93,6 +93,10 @@ def head_importance(
         seed: Of whatever is drawn.
         memory: Bytes, or a size such as ``"2GB"``, to take beside the model.
 
+    Returns:
+        ``importance`` per ``layer`` and ``head``, and per ``prompt`` where the method has
+        values of prompts.
+
     Raises:
         TypeError: ``data`` is none of these.
         ValueError: The method, unit or a head is unknown; or as in ``mi.head_ablation``.

@@ -40,7 +40,7 @@ class HeadImportance(Result):
     def statistics(self, **options: Any) -> xr.Dataset:
         """Return every head's mean importance, its interval and its p-values.
 
-        As in other results, whose ``statistics`` has the arguments. The intervals of Shapley
+        ``options`` are those of other results' ``statistics``. The intervals of Shapley
         values are wider by the error of having sampled few orders (Student's t, added in
         quadrature); their p-values are for the orders sampled.
         """

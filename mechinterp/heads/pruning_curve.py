@@ -77,11 +77,17 @@ def pruning_curve(
         seed: Of random orders and whatever else is drawn.
         memory: Bytes, or a size such as ``"2GB"``, to take beside the model.
 
+    Returns:
+        The metric of each prompt that judges, after each step, for every method and for the
+        random orders; and the order in which each method takes heads out.
+
     Raises:
         TypeError: ``data`` is none of these, or ``evaluate_on`` of another kind.
         ValueError: A method or option is unknown; ``evaluate_on`` is the data that ranks;
             there is a single prompt to halve; nothing may be pruned; or as in
             ``mi.head_importance``.
+
+    Source: Michel et al. 2019, arXiv:1905.10650, section 4.
     """
     methods = _methods(method)
     check_options(options)
@@ -175,6 +181,18 @@ def pruning_plan(
     Ranking and judging together, with zeros in the heads' places; ``cells`` are the runs of all
     prompts of either. Where a method trains or takes gradients, a run there and back counts as
     three cells, and reading for the atlas as two.
+
+    Args:
+        model: As in ``mi.pruning_curve``, like all arguments.
+        data: As there.
+        method: As there.
+        steps: As there.
+        rescore: As there.
+        min_heads_per_layer: As there.
+        evaluate_on: As there.
+        draws: As there.
+        options: As there.
+        memory: As there.
 
     Raises:
         TypeError: As ``mi.pruning_curve``, for the arguments that both have.

@@ -63,6 +63,11 @@ class PruningCurve(Result):
         random orders that are at least as good, plus one in each), ``below`` (steps at which
         the method is significantly worse at 0.05, max-T over steps; where no head is left all
         orders are one, so that step is left out).
+
+        Args:
+            metric: Which of several (default: the first).
+            n_flips: How many sign patterns, at least 1; all where that suffices.
+            seed: Of resamples and flips.
         """
         value = self.of_metric(self.data["value"], metric)
         random = self.of_metric(self.data["random"], metric)
@@ -100,6 +105,11 @@ class PruningCurve(Result):
         Columns: ``method``, ``than``, ``better`` (mean advantage in area, positive where the
         first keeps more), ``low`` and ``high`` (95 % bootstrap interval over prompts), ``p``
         (sign flips of prompts, two-sided), ``p_adjusted`` (Holm over the pairs).
+
+        Args:
+            metric: Which of several (default: the first).
+            n_flips: How many sign patterns, at least 1; all where that suffices.
+            seed: Of resamples and flips.
 
         Raises:
             ValueError: The curve has a single method.

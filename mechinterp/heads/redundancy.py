@@ -89,6 +89,10 @@ def redundancy_atlas(
         memory: Bytes, or a size such as ``"2GB"``, to take beside the model; at most 4 GB by
             default. With little of it, prompts are read several times.
 
+    Returns:
+        The views above with the axes ``head_a`` and ``head_b``, and ``redundancy``, which
+        combines them: 1 for heads identical in all, 0 for an average pair.
+
     Raises:
         TypeError: ``data`` or ``task`` is of another kind.
         ValueError: There is a single head; fewer queries or tokens than it takes; an unknown

@@ -53,7 +53,7 @@ class RedundancyAtlas(Result):
         return self.effect_of(None)
 
     def effect_of(self, metric: str | None) -> xr.DataArray:
-        """Return a view of every pair, once; interaction on ``prompt`` and ``pair``.
+        """Return the view ``metric`` of every pair; interaction on ``prompt`` and ``pair``.
 
         Raises:
             ValueError: There is no such view, or interaction was not measured.
@@ -102,7 +102,7 @@ class RedundancyAtlas(Result):
         return self.data[view]
 
     def distance(self, view: str = "mean") -> xr.DataArray:
-        """Return how far every two heads are apart; ``clusters`` says by what.
+        """Return how far every two heads are apart in a ``view``; ``clusters`` says by what.
 
         Raises:
             ValueError: There is no such view.
@@ -161,10 +161,11 @@ class RedundancyAtlas(Result):
     def pruning_order(self, view: str = "mean") -> list[Head]:
         """Return all heads in the order in which they can go, redundant ones first.
 
-        The tree of ``clusters`` is gone through from the most similar pair up. At each merge
-        two heads stand for its halves, and the weaker of them goes next; the stronger stands
-        for the whole. What is weaker is decided as for ``representative`` there, so that on a
-        tie the later head goes. The last head is the one that outlives all merges.
+        The tree of ``clusters``, in a ``view``, is gone through from the most similar pair up.
+        At each merge two heads stand for its halves, and the weaker of them goes next; the
+        stronger stands for the whole. What is weaker is decided as for ``representative``
+        there, so that on a tie the later head goes. The last head is the one that outlives all
+        merges.
 
         Raises:
             ValueError: There is no such view.
@@ -172,7 +173,7 @@ class RedundancyAtlas(Result):
         return [self.heads[i] for i in self.tree(view).order()]
 
     def top(self, n: int = 10, *, metric: str | None = None) -> pd.DataFrame:
-        """Return the ``n`` pairs most alike by a view, with all views as columns.
+        """Return the ``n`` pairs most alike by the view ``metric``, with all views as columns.
 
         By default the view is ``redundancy``. By ``interaction`` those with the largest in
         size come first, with the interval and p-value of ``statistics``.

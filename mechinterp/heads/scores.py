@@ -91,6 +91,9 @@ def head_scores(
             short, a context or vocabulary too small, no unembedding, no tokenizer; a negative
             number of untrained models; ``memory`` too small for one prompt. Before any
             forward pass.
+
+    Source: Olsson et al. 2022, arXiv:2209.11895; the others' stand on the page of methods and
+    in the modules of the kinds.
     """
     if nulls < 0:
         raise ValueError(f"nulls={nulls} is no number of untrained models. Pass 0 or more.")

@@ -47,7 +47,11 @@ class HeadScores(Result):
         return False
 
     def effect_of(self, metric: str | None) -> xr.DataArray:
-        """Return the scores of one kind (default: the first), of prompts that have any."""
+        """Return the scores of the kind ``metric`` (default: the first) of prompts with any.
+
+        Raises:
+            ValueError: It was not scored.
+        """
         if metric is not None and metric not in self.kinds:
             raise ValueError(f"{metric!r} was not scored, only {', '.join(self.kinds)}.")
         kind = metric or self.kinds[0]
@@ -81,7 +85,7 @@ class HeadScores(Result):
         return pd.concat(frames, ignore_index=True)
 
     def top(self, n: int = 10, *, metric: str | None = None) -> pd.DataFrame:
-        """Return the ``n`` heads that score highest on a kind (default: the first).
+        """Return the ``n`` heads that score highest on the kind ``metric`` (or the first).
 
         ``low`` and ``high`` are the 95 % bootstrap interval of the mean over prompts,
         ``p_adjusted`` says how probable it is that any untrained head scores so high.
@@ -101,8 +105,17 @@ class HeadScores(Result):
     ) -> list[tuple[int, int]]:
         """Return the heads that score higher than untrained ones would, the highest first.
 
-        And at least ``least``, in the unit of the score: many prompts make a difference sure
-        that is too small to matter. ``induction_dossier`` asks for a tenth of the attention.
+        Args:
+            kind: Of score.
+            alpha: The largest p-value, corrected over heads.
+            least: The smallest score, in its unit: many prompts make a difference sure that is
+                too small to matter. ``induction_dossier`` asks for a tenth of the attention.
+
+        Returns:
+            Pairs (layer, head).
+
+        Raises:
+            ValueError: No untrained heads were scored.
         """
         if "p_adjusted" not in self.data:
             raise ValueError("there is nothing to compare with. Score with nulls=1 or more.")
@@ -116,7 +129,7 @@ class HeadScores(Result):
         ]
 
     def ranked(self, kind: str) -> list[tuple[int, int]]:
-        """Return all heads as pairs (layer, head), the highest score first."""
+        """Return all heads as pairs (layer, head), the highest score of a ``kind`` first."""
         mean = self.mean()[kind].transpose("layer", "head")
         order = np.argsort(-mean.values, axis=None, kind="stable")  # NaN goes last
         where = zip(*np.unravel_index(order, mean.shape), strict=True)

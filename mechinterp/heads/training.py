@@ -61,6 +61,8 @@ def training_curve(
             short (see ``mi.icl_score``): before the first forward pass, or that of the
             checkpoint that differs.
         FileNotFoundError: The folder does not exist.
+
+    Source: Olsson et al. 2022, arXiv:2209.11895.
     """
     text = as_data(data, (Text,), "training_curve")
     check_tokens(late, early)

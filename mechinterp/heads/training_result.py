@@ -48,7 +48,7 @@ class TrainingCurve(Result):
         return means.assign(induction=best)
 
     def plot(self, ax: Axes | None = None, *, value: Value = "induction") -> Axes:
-        """Draw one of the three against training steps.
+        """Draw one ``value`` of the three against training steps.
 
         ``"induction"`` has a line per head; the others a band, 95 % over documents (or pieces).
         """

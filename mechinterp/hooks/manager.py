@@ -72,6 +72,10 @@ class HookManager:
             device: Where to store; the model's device by default.
             batch_size: Prompts run at once; the numbers do not depend on it.
 
+        Returns:
+            One tensor per site and layer: ``acts["z", 3]`` has the axes ``prompt``, position
+            and those of the site. ``to_xarray`` names them.
+
         Raises:
             ValueError: Something asked for does not exist, before anything runs; or an
                 activation is NaN or infinite.
@@ -121,7 +125,20 @@ class HookManager:
         gradient_of: object = None,
         dtype: torch.dtype | None = None,
     ) -> int:
-        """Return the bytes that ``capture`` with these arguments would store. Runs nothing."""
+        """Return the bytes that ``capture`` with these arguments would store. Runs nothing.
+
+        Args:
+            prompts: As in ``capture``, like all arguments.
+            sites: As there.
+            layers: As there.
+            heads: As there.
+            positions: As there.
+            gradient_of: As there; gradients double the bytes.
+            dtype: As there.
+
+        Raises:
+            ValueError: Something asked for does not exist.
+        """
         request = Request(self.model, prompts, sites, layers, heads, positions)
         numbers = sum(
             request.index.numel() * request.numbers_per_position(self.model, key)
@@ -145,6 +162,17 @@ class HookManager:
         The result stores a single prompt: its only position holds the mean over all positions
         of all prompts or, with ``per_position``, each position the mean over the prompts that
         reach it. It is a source for ``Mean``.
+
+        Args:
+            prompts: As in ``capture``.
+            sites: One site name or several.
+            layers: Layers to store; all that have the site by default.
+            heads: Heads (key/value heads for ``k``, ``v``) to store; all by default.
+            per_position: One mean for each position instead of one for all.
+            batch_size: Prompts run at once; the mean does not depend on it beyond rounding.
+
+        Raises:
+            ValueError: Something asked for does not exist, or an activation is NaN or infinite.
         """
         request = Request(self.model, prompts, sites, layers, heads, None)
         width = request.width if per_position else 1
@@ -175,7 +203,7 @@ class HookManager:
 
     @contextmanager
     def edit(self, *edits: Edit, data: Any = None) -> Iterator[TransformerBridge]:
-        """Put edits in force while the block runs; yields the model.
+        """Put edits in force while the block runs.
 
         Blocks nest: an inner edit sees what the outer ones made. During ``generate`` with a
         key/value cache, positions are absolute and ``"all"`` includes the generated tokens;
@@ -185,6 +213,9 @@ class HookManager:
             *edits: Edits from ``mi.edits``.
             data: The prompts that will be run, as a ``Task`` or the like. Needed to name roles
                 in positions, and for batches padded on the right without a mask.
+
+        Returns:
+            A context manager that gives the model.
 
         Raises:
             ValueError: An edit names what this model or the data does not have, before
@@ -218,7 +249,24 @@ class HookManager:
         positions: PositionSpec = "all",
         data: Any = None,
     ) -> AbstractContextManager[TransformerBridge]:
-        """Put another run's activations (or a tensor) at ``site`` while the block runs."""
+        """Put another run's activations, or a tensor, at a site while the block runs.
+
+        Args:
+            site: Site name, as in ``mi.sites``.
+            source: What ``capture`` returned, a tensor, or one number for all.
+            layers: Layers to patch; all that have the site by default.
+            heads: Heads (key/value heads for ``k``, ``v``) to patch; all by default.
+            positions: ``"all"``, role names (then ``data`` is needed), integers or a slice.
+                Query positions on ``scores`` and ``pattern``.
+            data: The prompts that will be run, as for ``edit``.
+
+        Returns:
+            A context manager that gives the model.
+
+        Raises:
+            ValueError: As for ``edit``.
+            HookNotFiredError: Likewise.
+        """
         edit = Replace(site, source, layers=layers, heads=heads, positions=positions)
         return self.edit(edit, data=data)
 
@@ -234,11 +282,30 @@ class HookManager:
         seed: int = 0,
         data: Any = None,
     ) -> AbstractContextManager[TransformerBridge]:
-        """Take ``site`` out while the block runs: zeros, means or another prompt's values.
+        """Take a site out while the block runs: zeros, means or another prompt's values.
 
-        ``kind`` is ``"zero"``, ``"mean"``, ``"position_mean"`` or ``"resample"``; ``mean_data``
-        is what ``"mean"`` (over all positions), ``"position_mean"`` (each
-        position over the prompts) and ``"resample"`` (a random prompt, by ``seed``) draw on.
+        Means and resamples are computed at once, by runs over ``mean_data``.
+
+        Args:
+            site: Site name, as in ``mi.sites``.
+            kind: What takes its place: ``"zero"``; its ``"mean"`` over all positions of
+                ``mean_data``, or its ``"position_mean"``, over the prompts at each position;
+                ``"resample"``, that of a random prompt.
+            layers: Layers to take out; all that have the site by default.
+            heads: Heads (key/value heads for ``k``, ``v``) to take out; all by default.
+            positions: ``"all"``, role names (then ``data`` is needed), integers or a slice.
+                Query positions on ``scores`` and ``pattern``.
+            mean_data: Prompts or data that means and resamples draw on.
+            seed: Of the resampled prompts.
+            data: The prompts that will be run, as for ``edit``.
+
+        Returns:
+            A context manager that gives the model.
+
+        Raises:
+            ValueError: The kind is unknown, has no ``mean_data`` or draws on none; or as for
+                ``edit``.
+            HookNotFiredError: As for ``edit``.
         """
         where = {"layers": layers, "heads": heads, "positions": positions}
         if kind == "zero" and mean_data is None:
@@ -271,7 +338,25 @@ class HookManager:
         positions: PositionSpec = "all",
         data: Any = None,
     ) -> AbstractContextManager[TransformerBridge]:
-        """Add ``scale`` times ``direction`` at ``site`` of one layer while the block runs."""
+        """Add a direction at a site of one layer while the block runs, ``generate`` included.
+
+        Args:
+            site: Site name, as in ``mi.sites``.
+            direction: What is added, with the site's last axes: ``[d_model]`` for
+                ``resid_post``.
+            layer: Which layer; None for ``embed``.
+            scale: How many times the direction is added.
+            positions: ``"all"``, role names (then ``data`` is needed), integers or a slice.
+                Query positions on ``scores`` and ``pattern``.
+            data: The prompts that will be run, as for ``edit``.
+
+        Returns:
+            A context manager that gives the model.
+
+        Raises:
+            ValueError: As for ``edit``.
+            HookNotFiredError: Likewise.
+        """
         edit = Add(site, direction, scale=scale, layers=layer, positions=positions)
         return self.edit(edit, data=data)
 

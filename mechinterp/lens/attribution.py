@@ -71,6 +71,8 @@ def direct_logit_attribution(
             what a component writes is rescaled in every later layer; the memory is too small.
         RuntimeError: The shares do not add up, so that this architecture writes into its
             residual stream in a way that is not known here.
+
+    Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
     """
     task = as_data(data, accepts=(Task,), method="direct_logit_attribution")
     closing = Closing(model, "direct_logit_attribution")

@@ -63,6 +63,12 @@ def logit_lens(
         memory: Bytes, or a size such as ``"2GB"``, to take beside the model; 60 % of what is
             free by default, 4 GB at most. Logits are made for some rows and tokens at a time.
 
+    Returns:
+        Per ``prompt``, ``layer`` and ``position``: the top token and its probability;
+        ``entropy``, ``kl`` (of the model's own distribution from this one) and ``surprisal`` of
+        a text's true next token, in nats; per ``target`` its ``logit``, ``prob`` and ``rank``
+        (0 is the top).
+
     Raises:
         TypeError: ``data`` is neither a task nor a text.
         ValueError: The model has no unembedding; a site, layer, head, neuron, role or position
@@ -70,6 +76,8 @@ def logit_lens(
             model or has no such site; the memory is too small for one prompt. All before the
             model runs.
         RuntimeError: The last residual stream, read out, is not what the model says.
+
+    Source: nostalgebraist 2020, interpreting GPT: the logit lens.
     """
     as_data(data, accepts=(Task, Text), method="logit_lens")
     prompts = as_prompts(model, data)

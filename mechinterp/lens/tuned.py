@@ -78,10 +78,15 @@ class TunedLens:
             every: After how many steps the checkpoint is written.
             memory: Bytes, or a size such as ``"2GB"``, to take beside the model.
 
+        Returns:
+            The lens, a weight and a bias per place.
+
         Raises:
             TypeError: ``data`` is not a text.
             ValueError: The model has no unembedding; a number is not positive; the checkpoint
                 belongs to another fit; the memory is too small for one piece.
+
+        Source: Belrose et al. 2023, arXiv:2303.08112; here Adam instead of SGD.
         """
         from mechinterp.lens.fitting import Fit
 
@@ -93,7 +98,11 @@ class TunedLens:
         return f"tuned ({self.info['data']}, {self.info['steps']} steps)"
 
     def check(self, model: TransformerBridge, site: str = "resid_pre") -> None:
-        """Raise a ``ValueError`` unless the lens was fitted on this model, for this site."""
+        """Raise an error unless the lens was fitted on ``model``, for ``site``.
+
+        Raises:
+            ValueError: It was fitted on another model, or for other sites.
+        """
         if (found := fingerprint(model)) != self.info["fingerprint"]:
             raise ValueError(
                 f"this tuned lens was fitted on {self.info['model']} with fingerprint "
@@ -108,7 +117,13 @@ class TunedLens:
     def translate(
         self, states: Float[Tensor, "row d_model"], site: str, layer: int
     ) -> Float[Tensor, "row d_model"]:
-        """Return states of a layer in the basis of the last one."""
+        """Return states of a layer in the basis of the last one.
+
+        Args:
+            states: Of the residual stream.
+            site: ``"resid_pre"`` or ``"resid_post"``.
+            layer: Of the states.
+        """
         index = layer + (site == "resid_post")
         if index == len(self.weight):
             return states
@@ -122,6 +137,14 @@ class TunedLens:
         memory: int | float | str | None = None,
     ) -> "LensEvaluation":
         """Compare the lens with the logit lens on a ``Text``, best one it was not fitted on.
+
+        Args:
+            model: The one that the lens was fitted on.
+            data: A ``Text``.
+            memory: Bytes, or a size such as ``"2GB"``, to take beside the model.
+
+        Returns:
+            The loss of either lens per layer and prompt, in nats per token.
 
         Raises:
             TypeError: ``data`` is not a text.
@@ -139,7 +162,7 @@ class TunedLens:
 
     @classmethod
     def load(cls, path: str | PathLike[str], model: TransformerBridge) -> "TunedLens":
-        """Return the lens that ``save`` wrote, for the model that it was fitted on.
+        """Return the lens that ``save`` wrote to ``path``, fitted on this ``model``.
 
         Raises:
             FileNotFoundError: There is no such file.

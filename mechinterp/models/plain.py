@@ -25,7 +25,7 @@ _HOOKS = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def unwrap(model: TransformerBridge) -> nn.Module:
-    """Return the plain Hugging Face module, with its original keys, in eval mode.
+    """Return the model's plain Hugging Face module, with its original keys, in eval mode.
 
     It shares its parameters with the bridge, which keeps working: training the one changes
     the other. ``copy.deepcopy`` the result to separate them. A native bridge has no Hugging

@@ -44,13 +44,16 @@ def save_model(
     ``pruned_neurons``, ``pruning_steps``).
 
     The folder is written beside its final place and then renamed, so a model that was there
-    before stays whole if anything fails. Returns the folder.
+    before stays whole if anything fails.
 
     Args:
         model: The model.
         folder: Where to; a model that is there is replaced.
         card: What else the model card shows, one thing or several in order: Markdown text,
             a result (its picture), or a matplotlib figure or axes. A pruning curve, say.
+
+    Returns:
+        The folder.
 
     Raises:
         TypeError: The card has something that is neither a text nor a picture.

@@ -17,7 +17,7 @@ TABLE = Path(__file__).parent.parent / "data" / "coverage.json"
 
 
 def true_coverage(n: int, method: str = METHODS[0]) -> tuple[float, float]:
-    """Return the lowest and highest true coverage of a nominal 95 % interval of the mean.
+    """Return the lowest and highest true coverage of a nominal 95 % interval by ``method``.
 
     Over normal, skewed (exponential) and heavy-tailed (t with 3 degrees of freedom) samples of
     size ``n``, or ``n`` clusters of equal size; between sizes of the table by 1 / n, in which

@@ -18,6 +18,11 @@ def equivalence_test(
     ``values``, and must be chosen before looking. A cell without any spread is decided by its
     mean alone (0 or 1); a single sample decides nothing (NaN).
 
+    Args:
+        values: One cell per leading index.
+        margin: The largest mean that is negligible, above 0.
+        clusters: A label per sample; the means of clusters are tested.
+
     Raises:
         ValueError: The margin is not positive.
 

@@ -60,7 +60,13 @@ def max_t(
     The chance, if there were no effect anywhere, that any cell at all reaches a t as large as
     this one's: the family-wise error is at most a when cells with p <= a are called, whatever
     the dependence between cells, which all see the same flips. Studentised, so that noisy
-    cells do not set the bar for quiet ones. Arguments as for ``sign_flip_test``.
+    cells do not set the bar for quiet ones.
+
+    Args:
+        values: One cell per leading index, differences from the null (effects).
+        clusters: A label per sample; samples that share one are flipped together.
+        n_flips: How many sign patterns, at least 1.
+        seed: Of random patterns.
 
     Source: Westfall and Young 1993, Resampling-Based Multiple Testing, the single-step max-T.
     """
@@ -105,9 +111,10 @@ def holm(p: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
 
 
 def smallest_p(n_units: int, n_flips: int = N_FLIPS) -> float:
-    """Return the smallest two-sided p-value that flips of this many units can give.
+    """Return the smallest two-sided p-value that flips of ``n_units`` units can give.
 
-    2 / 2**n where all patterns are gone through: with five units no p below 0.05 exists.
+    2 / 2**n_units where ``n_flips`` suffices to go through all patterns: with five units no p
+    below 0.05 exists.
     """
     return 1 / 2 ** (n_units - 1) if all_patterns(n_units, n_flips) else 1 / (1 + n_flips)
 

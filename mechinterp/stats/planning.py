@@ -20,6 +20,12 @@ def prompts_needed(
     ``clusters``, how many clusters of such sizes. At least 2; NaN for cells with NaN, or where
     a single sample shows no spread.
 
+    Args:
+        values: One cell per leading index.
+        half_width: In the unit of ``values``.
+        confidence: Of the interval.
+        clusters: A label per sample.
+
     Raises:
         ValueError: ``half_width`` is not positive, or the confidence not between 0 and 1.
 
@@ -46,6 +52,12 @@ def power(effect: float, sd: float, n: int, alpha: float = 0.05) -> float:
 
     ``sd`` is the standard deviation of the effect over prompts, in the same unit. The sign-flip
     test has nearly the same power, from about ten prompts on.
+
+    Args:
+        effect: The mean effect.
+        sd: Its standard deviation over prompts.
+        n: How many prompts.
+        alpha: Below which p the effect counts as found.
 
     Raises:
         ValueError: ``sd`` is not positive, ``n`` is below 2, or alpha not between 0 and 1.

@@ -85,6 +85,15 @@ def repeated_tokens(
     token occurs twice in a copy. A model without a BOS gets none. With ``start``, these tokens
     stand there instead, and none of them is drawn.
 
+    Args:
+        model: Says which tokens there are.
+        n: How many prompts.
+        length: Tokens of a copy.
+        copies: How often the tokens stand there.
+        distinct: No token twice in a copy.
+        start: Token ids that stand before the first copy.
+        seed: Of the draws.
+
     Raises:
         ValueError: A number is not positive, the prompts do not fit the context, or the
             vocabulary is too small for so many different tokens.

@@ -64,6 +64,9 @@ class Pairs(Sequence[Words]):
 def load_pairs(name: str) -> Pairs:
     """Return a packaged list of pairs; ``mi.pair_names()`` says which there are.
 
+    Args:
+        name: One of them, ``"country-capital"`` for instance.
+
     Raises:
         ValueError: There is no such list.
     """

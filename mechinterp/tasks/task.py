@@ -202,9 +202,23 @@ class Task:
     ) -> "Task":
         """Return a task from prompts as token ids, which stay as they are.
 
-        As :meth:`from_strings`, but ``clean`` and ``corrupted`` are tensors or lists of token
-        ids, and a role's place is a token span ``(start, end)``, end exclusive: one for all
-        prompts or a list with one per prompt.
+        As :meth:`from_strings`, with token ids in place of text.
+
+        Args:
+            model: Whose vocabulary they are of.
+            clean: A tensor, or a list of lists, of token ids.
+            answers: As in :meth:`from_strings`.
+            corrupted: As ``clean``.
+            distractors: As in :meth:`from_strings`.
+            roles: Token spans ``(start, end)``, end exclusive, by name: one for all prompts or
+                a list with one per prompt.
+            corrupted_roles: The same places in the corrupted prompts.
+            first_token: As in :meth:`from_strings`.
+            answer_at: As there.
+            **fields: As there.
+
+        Raises:
+            ValueError: As in :meth:`from_strings`.
         """
         prompts = {"clean": as_prompts(model, clean)}
         spans = {"clean": token_spans(roles, len(prompts["clean"]))}
@@ -224,7 +238,14 @@ class Task:
     ) -> "Task":
         """Return the task in a JSON-lines file; ``mechinterp.tasks.jsonl`` has the format.
 
-        ``first_token`` overrides what the file says, as in :meth:`from_strings`.
+        Args:
+            path: The file, one prompt a line.
+            model: Whose tokenizer reads it.
+            first_token: Overrides what the file says, as in :meth:`from_strings`.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: A line is not of the format, or as in :meth:`from_strings`.
         """
         from mechinterp.tasks.jsonl import read_task
 
@@ -233,7 +254,7 @@ class Task:
     def to_jsonl(
         self, path: str | PathLike[str], model: TransformerBridge | None = None
     ) -> None:
-        """Write the task so that :meth:`from_jsonl` gives it back.
+        """Write the task to the file ``path``, so that :meth:`from_jsonl` gives it back.
 
         With ``model`` the file holds text, which other models can read too; without it, or
         where text would not give the same tokens again, token ids.
@@ -249,7 +270,15 @@ class Task:
     def logits(
         self, model: TransformerBridge, side: Literal["clean", "corrupted"] = "clean"
     ) -> Float[Tensor, "prompt d_vocab"]:
-        """Return the model's logits where it answers the clean or the corrupted prompts."""
+        """Return the model's logits where it answers the clean or the corrupted prompts.
+
+        Args:
+            model: Left as it was.
+            side: Which of the two.
+
+        Raises:
+            ValueError: The task has no corrupted prompts, or is corrupted by edits.
+        """
         if side == "clean":
             return logits_at(model, self.clean, self.answer_positions)
         if self.corrupted is None:

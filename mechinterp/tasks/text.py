@@ -55,6 +55,13 @@ class Text:
         Special tokens at a document's beginning and end are put on each of its pieces. The
         pieces of a document do not overlap.
 
+        Args:
+            model: Whose tokenizer reads them.
+            documents: One or several.
+            context: Tokens of a piece; by default as many as the model takes.
+            name: What results call the text.
+            prepend_bos: Overrides the rule for the beginning of sequence.
+
         Raises:
             ValueError: ``context`` does not fit the model, or a document is empty.
         """
@@ -83,13 +90,19 @@ class Text:
     def from_tokens(
         cls, model: TransformerBridge, documents: Any, *, name: str = "text"
     ) -> "Text":
-        """Return documents given as token ids, each of them one piece that stays as it is."""
+        """Return documents given as token ids, each of them one piece that stays as it is.
+
+        Args:
+            model: Whose vocabulary they are of.
+            documents: ``Prompts``, a tensor, or a list of lists, of token ids.
+            name: What results call the text.
+        """
         prompts = as_prompts(model, documents)
         return cls(name, prompts, tuple(range(len(prompts))), model.cfg.n_ctx)
 
     @torch.no_grad()
     def loss(self, model: TransformerBridge, *, batch_size: int = 16) -> xr.DataArray:
-        """Return the loss of every token given those before it in its piece.
+        """Return the model's loss of every token given those before it in its piece.
 
         Unit: nats. Axes ``prompt`` and ``position``; NaN at a piece's first token, which
         nothing predicts, and after its end. The coordinate ``document`` says where a piece
@@ -184,10 +197,16 @@ class Labelled:
         name: str = "labelled",
         prepend_bos: bool | None = None,
     ) -> "Labelled":
-        """Return texts with labels, which are class numbers or names.
+        """Return texts with labels.
 
-        ``classes`` are the names in the model's order; by default they are the sorted names
-        among ``labels``, or the numbers up to the largest.
+        Args:
+            model: Whose tokenizer reads them.
+            texts: One string each.
+            labels: Their classes, as numbers or names.
+            classes: The names in the model's order; by default the sorted names among
+                ``labels``, or the numbers up to the largest.
+            name: What results call them.
+            prepend_bos: Overrides the rule for the beginning of sequence.
 
         Raises:
             ValueError: A label is not one of the classes, or the numbers differ.
@@ -215,6 +234,11 @@ class Labelled:
     ) -> "Labelled":
         """Return the texts of a JSON-lines file whose lines have ``text`` and ``label``.
 
+        Args:
+            path: The file.
+            model: As in :meth:`from_strings`.
+            classes: As there.
+
         Raises:
             ValueError: A line is no such object, or as in :meth:`from_strings`.
         """
@@ -235,7 +259,7 @@ class Labelled:
 
     @staticmethod
     def in_jsonl(path: str | PathLike[str]) -> bool:
-        """Whether the first line of a file is an object with ``text`` and ``label``."""
+        """Return whether the file ``path`` begins with a line of ``text`` and ``label``."""
         with Path(path).open(encoding="utf-8") as file:
             first = next((line for line in file if line.strip()), "")
         try:

@@ -32,15 +32,21 @@ class Pruning:
     steps: tuple[Mapping[str, Any], ...] = ()
 
     def original_head(self, layer: int, head: int) -> tuple[int, int]:
-        """Return the name that a head of the pruned model had in the original."""
+        """Return the name that this ``head`` of this ``layer`` had in the original."""
         return layer, _kept(self.heads.get(layer, ()), head)
 
     def original_neuron(self, layer: int, neuron: int) -> tuple[int, int]:
-        """Return the name that a neuron of the pruned model had in the original."""
+        """Return the name that this ``neuron`` of this ``layer`` had in the original."""
         return layer, _kept(self.neurons.get(layer, ()), neuron)
 
     def after(self, kind: str, units: Units, step: Mapping[str, Any]) -> "Pruning":
-        """Return the record once more ``units`` are gone, named as they now are."""
+        """Return the record once more ``units`` are gone, named as they now are.
+
+        Args:
+            kind: ``"heads"`` or ``"neurons"``.
+            units: Which of each layer, as they are now named.
+            step: What is to be remembered about it.
+        """
         lost: dict[str, dict[int, tuple[int, ...]]] = {
             "heads": dict(self.heads),
             "neurons": dict(self.neurons),
