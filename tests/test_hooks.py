@@ -197,13 +197,38 @@ def test_patching_the_first_residual_stream_gives_the_other_run():
         close(forward(model, clean), forward(model, other))
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+def test_resid_mid_is_what_the_edit_says_but_for_its_last_bit(name):
+    """It is written as a change of attn_out, whose rounding a later norm would enlarge."""
+    model, tokens = zoo.zoo(name), zoo.tokens(8, 12)
+    manager, seen = HookManager(model), []
+    for layer in range(model.cfg.n_layers):
+        source = manager.capture(zoo.tokens(8, 12, seed=5), "resid_mid", layers=layer)
+        loud = Scale("attn_out", 30.0, layers=layer)
+        for edit in (
+            Zero("resid_mid", layers=layer),
+            Replace("resid_mid", source, layers=layer),
+        ):
+            reached = model.blocks[layer].ln2.register_forward_pre_hook(
+                lambda _, inputs: seen.append(inputs[0])
+            )
+            with manager.edit(loud, edit), torch.no_grad():
+                forward(model, tokens)
+            reached.remove()
+        zeroed, placed = seen[-2:]
+        assert not zeroed.any()
+        wanted = source["resid_mid", layer]
+        last_bit = torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
+        torch.testing.assert_close(placed, wanted, rtol=0, atol=last_bit)
+
+
 def test_edits_run_in_the_order_of_the_data_flow_however_they_nest():
     model, tokens = zoo.zoo("llama"), zoo.tokens()
     manager, first = HookManager(model), Zero("resid_mid", layers=1)
     second = Add("attn_out", torch.ones(32), layers=1)
     with manager.edit(first), manager.edit(second):
         inner = manager.capture(tokens, ["resid_mid", "attn_out"], layers=1)
-    assert inner["resid_mid", 1].abs().max() < 1e-5
+    assert inner["resid_mid", 1].abs().max() == 0
     with manager.edit(second), manager.edit(first):
         outer = manager.capture(tokens, ["resid_mid", "attn_out"], layers=1)
     for key in inner:

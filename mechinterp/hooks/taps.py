@@ -71,7 +71,7 @@ class _Station:
             if value is own:
                 continue
             if kind == "sum":
-                tensor = tensor + (value - own)
+                tensor = _summand(group[0].read["value"], tensor, own, value)
             elif kind == "result":
                 tensor = tensor + (value - own).sum(2)
             else:
@@ -84,6 +84,16 @@ class _Station:
         if entry.place.how == "result":
             return head_results(self.model, entry.place.layer, entry.read["value"])
         return tensor
+
+
+def _summand(rest: Tensor, tensor: Tensor, own: Tensor, value: Tensor) -> Tensor:
+    """Return what makes ``rest`` plus it ``value``, where ``rest + tensor`` was ``own``.
+
+    The second step takes off the rounding of the first: a sum set to zero is zero exactly, and
+    where nothing changes neither does ``tensor``. Gradients flow as through the first step.
+    """
+    moved = tensor + (value - own)
+    return moved + (value - (rest + moved)).detach()
 
 
 def head_results(model: TransformerBridge, layer: int | None, z: Tensor) -> Tensor:
