@@ -7,7 +7,8 @@ kind of cell stay the same and prompts are no longer; code that is swapped under
 weights is not noticed.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,8 +23,9 @@ from mechinterp.engine.runs import Promised
 from mechinterp.engine.sweep import Sweep
 from mechinterp.engine.writing import seeing
 from mechinterp.hooks import HookManager
+from mechinterp.hooks.taps import tap
 from mechinterp.models import input_device
-from mechinterp.sites import AXES, locate
+from mechinterp.sites import AXES, locate, site_layers
 
 # Largest difference of a logit, as a share of the largest logit. transformers takes softmaxes
 # and some norms in float32 whatever the dtype, so float64 runs agree no better than that.
@@ -34,9 +36,6 @@ TOLERANCE = {
     torch.bfloat16: 5e-2,
 }
 # Per model and kind of cell: the longest prompt checked, and what was wrong.
-# Logits below this share of the intact run's are rounding: the whole stream was zeroed, and the
-# final norm made what was left of it larger.
-_ROUNDING = 1e-3
 _UNKNOWN = "numbers that are not finite cannot be compared"
 _FOUND: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[int, str]]] = WeakKeyDictionary()
 Ends = Callable[[Rows], tuple[Rows, Tensor]]
@@ -63,7 +62,7 @@ def check(sweep: Sweep, path: str, of_run: Callable[[int], Tensor], logits_of: E
     if not len(rows):
         return ""
     reason = _runs_differ(sweep, prompts, of_run)
-    reason = reason or _rows_differ(sweep, rows, of_run, logits_of)
+    reason = reason or _rows_differ(sweep, rows, logits_of)
     longest = int(sweep.prompts.lengths.max())
     checked = {_kind(sweep, int(cell)) for cell in rows.cell}
     for kind, key in keys.items():
@@ -101,9 +100,7 @@ def _runs_differ(sweep: Sweep, prompts: list[int], of_run: Callable[[int], Tenso
     return ""
 
 
-def _rows_differ(
-    sweep: Sweep, rows: Rows, of_run: Callable[[int], Tensor], logits_of: Ends
-) -> str:
+def _rows_differ(sweep: Sweep, rows: Rows, logits_of: Ends) -> str:
     manager = HookManager(sweep.model)
     done, mine = logits_of(rows)
     offset = sweep.prompts.offset[sweep.run.name]
@@ -113,14 +110,36 @@ def _rows_differ(
         edits = sweep.cells[cell].edits
         with sweep.run.in_force(manager, *edits):
             plain = sweep.run.answer(sweep.model, prompt - offset)
-        sites = " and ".join(sorted({edit.site for edit in edits}))
-        what = f"an edit of {sites} that starts at layer {done.start[i]}"
-        rounding = _ROUNDING * _largest(of_run(prompt).cpu())
-        if max(_largest(plain.cpu()), _largest(mine[i].cpu())) < rounding:
-            continue
-        if reason := _differ(plain, mine[i], what):
+            sites = " and ".join(sorted({edit.site for edit in edits}))
+            what = f"an edit of {sites} that starts at layer {done.start[i]}"
+            reason = _differ(plain, mine[i], what)
+            if reason and reason != _UNKNOWN:
+                with _shaken(sweep.model):
+                    moved = sweep.run.answer(sweep.model, prompt - offset) - plain
+                reason = _differ(plain, mine[i], what, least=3 * _largest(moved.cpu()))
+        if reason:
             return reason
     return ""
+
+
+@contextmanager
+def _shaken(model: TransformerBridge) -> Iterator[None]:
+    """Move each number of the residual stream by the tolerance, up or down at random.
+
+    Where that moves the logits of a plain run as much, the engine is not at fault: edits left
+    nothing of the stream, or a constant, and norms enlarge the rounding of any computation.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def shake(value: Tensor) -> Tensor:
+        signs = torch.randint(2, value.shape, generator=generator).to(value) * 2 - 1
+        return value * (1 + TOLERANCE.get(value.dtype, 1e-5) * signs)
+
+    with ExitStack() as stack:
+        for site in ("resid_pre", "resid_mid", "resid_post"):
+            for layer in site_layers(model, site):
+                stack.callback(tap(model, locate(model, site, layer), shake))
+        yield
 
 
 def _largest(values: Tensor) -> float:
@@ -129,15 +148,20 @@ def _largest(values: Tensor) -> float:
     return float(known.abs().max()) if len(known) else 0.0
 
 
-def _differ(plain: Tensor, mine: Tensor, what: str, slack: float = 1.0) -> str:
-    """Return how far two tensors are apart, or an empty string within the tolerance."""
+def _differ(
+    plain: Tensor, mine: Tensor, what: str, slack: float = 1.0, least: float = 0.0
+) -> str:
+    """Return how far two tensors are apart, or an empty string within the tolerance.
+
+    Which is ``slack`` times the dtype's share of the largest value, and at least ``least``.
+    """
     plain, mine = plain.detach().cpu(), mine.detach().cpu()
     if not bool(plain.isfinite().all()):
         same = torch.equal(plain.isfinite(), mine.isfinite())
         if not same or not bool(plain.isfinite().any()):
             return _UNKNOWN  # whoever reads the numbers will say what is wrong with them
         plain, mine = plain[plain.isfinite()], mine[mine.isfinite()]
-    allowed = TOLERANCE.get(plain.dtype, 1e-5) * slack * _largest(plain) + 1e-30
+    allowed = max(TOLERANCE.get(plain.dtype, 1e-5) * slack * _largest(plain), least) + 1e-30
     gap = float((plain.double() - mine.double()).abs().max())
     if gap <= allowed:
         return ""
