@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformer_lens.model_bridge import TransformerBridge
 
+from mechinterp.engine.products import fast_products
 from mechinterp.models import forward
 
 _CACHES = ("past_key_values", "layer_past", "past_key_value")
@@ -144,6 +145,7 @@ class Wiring:
             self.calls = calls
         return seen[0]
 
+    @fast_products()
     def close(
         self,
         hidden: Float[Tensor, "batch pos d_model"],
@@ -162,6 +164,7 @@ class Wiring:
         with self._stood_in(stand_in), self._unembedding_only(vocabulary):
             return forward(self.model, tokens, mask)
 
+    @fast_products()
     def block(
         self,
         layer: int,
@@ -182,6 +185,7 @@ class Wiring:
         args, kwargs = _with_cache(block, args, kwargs, keys)
         return _hidden_of(_call(block, hidden, args, kwargs))
 
+    @fast_products()
     def whole_block(
         self, layer: int, hidden: Float[Tensor, "row pos d_model"], prompts: Int[Tensor, " row"]
     ) -> Float[Tensor, "row pos d_model"]:
