@@ -92,6 +92,14 @@ def test_the_seconds_of_path_patching_are_what_the_script_measured():
         assert f"{row['seconds']:.1f} s" in told and f"{row['plain_seconds']:.0f} s" in told
 
 
+def test_the_seconds_by_onednn_are_what_the_script_measured():
+    [told] = re.findall(r"^On AMD processors.*?\n\n", TEXT, re.M | re.S)
+    found = measured("bench_products")
+    assert found["held_back"]
+    for row in found["rows"]:
+        assert f"{row['onednn']:.1f} s instead of {row['mkl']:.1f} s" in " ".join(told.split())
+
+
 def test_the_kills_are_those_that_the_script_counted():
     found = measured("sweep_killing")
     assert f"{found['kills']} times at random" in TEXT
