@@ -211,12 +211,15 @@ class Resample(Edit):
     """Put there what a random prompt of a dataset has at the same position.
 
     Each prompt draws one donor among the source's prompts that store the positions it needs;
-    the draw depends on ``seed`` and on the prompt's row alone.
+    the draw depends on ``seed`` and on the prompt's row alone. With ``others_only``, where the
+    source are the very prompts that are run, a prompt draws itself only where no other stores
+    its positions.
     """
 
     kind = "resample"
     source: Activations = field(kw_only=False)
     seed: int = 0
+    others_only: bool = False
 
     @property
     def positional(self) -> bool:
@@ -244,6 +247,8 @@ class Resample(Edit):
                 f"needs ({list(positions)}). Give longer prompts, or positions that exist in "
                 "them."
             )
+        if self.others_only:
+            able = [each for each in able if each != prompt] or able
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + prompt)
         return able[int(torch.randint(len(able), (1,), generator=generator))]
 

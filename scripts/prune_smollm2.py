@@ -6,13 +6,14 @@ On running text (loss per token) and on IOI (logit difference, accuracy), heads 
 method of ``mi.head_importance`` and by chance; other text, other prompts judge. What is asked:
 
 - ``text``, ``ioi``: which ranking keeps most? Do redundant heads first (the atlas) beat
-  importance at the same count? And by the gates of Voita et al.: which kinds of head stay?
+  importance at the same count?
+- ``gates``: of the gates of Voita et al., trained at three prices of an open head: which kinds
+  of head stay?
 - ``cut``: a fifth of the heads removed from the weights by the gradient's order: perplexity
   before, after and healed, speed of decoding, key/value cache.
 
 Ranks on one children's book, chooses the fold and heals on other parts of it, judges on another
-book. Writes ``prune_smollm2_*.json``
-and figures into ``scripts/results/``.
+book. Writes ``prune_smollm2_*.json`` and figures into ``scripts/results/``.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from bench_pruning import in_turns
@@ -37,12 +39,13 @@ BOOKS = HERE.parent / "tests" / "data"
 METHODS = ("gradient", "ablation", "redundancy", "hard_concrete", "shapley")
 # A head is of a kind from this score on. Voita et al. 2019: positional from 0.9.
 KINDS = {"positional": 0.9, "previous_token": 0.4, "induction": 0.3, "rare_token": 0.3}
+PRICES = (0.005, 0.02, 0.08)  # nats that an open head must be worth
 
 
 def main() -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("parts", nargs="*", default=["ioi", "text", "cut"])
+    parser.add_argument("parts", nargs="*", default=["ioi", "text", "gates", "cut"])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--rank", type=int, default=4, help="pieces of text that rank")
@@ -53,14 +56,14 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=8)
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--orders", type=int, default=4, help="permutations of Shapley values")
-    parser.add_argument("--gates", type=int, default=150, help="steps of training them")
+    parser.add_argument("--gates", type=int, default=300, help="steps of training them")
     parser.add_argument("--heal", type=int, default=100)
     parser.add_argument("--share", type=float, default=0.2)
     parser.add_argument("--out", type=Path, default=HERE / "results")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     model = mi.load_model(asked.model)
-    parts = {"ioi": ioi, "text": text, "cut": cut}
+    parts = {"ioi": ioi, "text": text, "gates": gates, "cut": cut}
     for name in asked.parts:
         start = time.perf_counter()
         found = parts[name](model, asked)
@@ -85,18 +88,17 @@ def pieces(model: Any, asked: argparse.Namespace, book: str, n: int, first: int 
 
 
 def text(model: Any, asked: argparse.Namespace) -> dict:
-    """Return what all methods keep on text, ranked once, and the fate of kinds of head."""
+    """Return what all methods keep on text."""
     curve = mi.pruning_curve(
         model,
         pieces(model, asked, "goblin", asked.rank),
         method=METHODS,
         steps=asked.points,
-        rescore=False,
         evaluate_on=pieces(model, asked, "five_children", asked.judge),
         draws=asked.draws,
         options={"orders": asked.orders, "steps": asked.gates, "batch_size": 4},
     )
-    return told(curve, asked, "text") | {"kinds": kinds(model, curve, asked)}
+    return told(curve, asked, "text")
 
 
 def ioi(model: Any, asked: argparse.Namespace) -> dict:
@@ -108,7 +110,6 @@ def ioi(model: Any, asked: argparse.Namespace) -> dict:
         task[:first],
         method=METHODS,
         steps=asked.points,
-        rescore=False,
         evaluate_on=task[first:],
         metric={"logit_diff": "logit_diff", "accuracy": "accuracy"},
         draws=asked.draws,
@@ -149,36 +150,82 @@ def means(curve: mi.PruningCurve, metric: str) -> dict[str, list[float]]:
     return found | {"random": random.values.round(4).tolist()}
 
 
-def kinds(model: Any, curve: mi.PruningCurve, asked: argparse.Namespace) -> dict:
-    """Return when heads of each kind go by the gates: the share of heads gone before them."""
+def gates(model: Any, asked: argparse.Namespace) -> dict:
+    """Return which heads' gates stay open at each price, by kind of head."""
+    training = pieces(model, asked, "goblin", 128)
+    trained = {
+        price: mi.head_importance(
+            model,
+            training,
+            method="hard_concrete",
+            penalty=price,
+            steps=asked.gates,
+            batch_size=4,
+        )
+        for price in PRICES
+    }
     book = pieces(model, asked, "five_children", 8, first=asked.judge)
     on_text = mi.head_scores(model, book, kinds=["positional", "previous_token", "rare_token"])
-    scores = {kind: on_text.mean()[kind] for kind in on_text.kinds}
-    scores["induction"] = mi.head_scores(model, n=20, kinds="induction").mean()["induction"]
-    order = curve.data["order"].sel(ranked_by="hard_concrete").values.tolist()
-    place = {name: (i + 0.5) / len(order) for i, name in enumerate(order)}
-    found = {}
-    for kind, least in KINDS.items():
-        own = scores[kind]
-        chosen = [
-            place[f"{layer}.{head}"]
-            for layer in own["layer"].values
-            for head in own["head"].values
-            if float(own.sel(layer=layer, head=head)) >= least
-        ]
-        others = sorted(set(place.values()) - set(chosen))
-        p = mannwhitneyu(chosen, others).pvalue if chosen and others else float("nan")
-        found[kind] = {
-            "at_least": least,
-            "heads": len(chosen),
-            "median_place": float(np.median(chosen)) if chosen else None,
-            "gone_among_first_half": float(np.mean(np.array(chosen) < 0.5)) if chosen else None,
-            "p_against_other_heads": float(p),
+    scores = {kind: on_text.mean()[kind].values for kind in on_text.kinds}
+    scores["induction"] = (
+        mi.head_scores(model, n=20, kinds="induction").mean()["induction"].values
+    )
+    of_kind = {kind: scores[kind] >= least for kind, least in KINDS.items()}
+    prices = {}
+    for price, found in trained.items():
+        gate = found.data["gate"].values
+        prices[str(price)] = {
+            "open": int((gate > 0).sum()),
+            "loss_in_training": found.convention.settings["last_loss"],
+            "share_open": {
+                kind: float((gate[own] > 0).mean()) for kind, own in of_kind.items()
+            },
+            "gates": gate.round(3).tolist(),
         }
-    known = [kind for kind in found if not np.isnan(found[kind]["p_against_other_heads"])]
-    adjusted = stats.holm(np.array([found[kind]["p_against_other_heads"] for kind in known]))
-    for kind, p in zip(known, adjusted, strict=True):
-        found[kind]["p_adjusted"] = float(p)
+    figure = survival(trained, of_kind)
+    figure.savefig(asked.out / "prune_smollm2_gates.png", dpi=150, bbox_inches="tight")
+    lasting = np.mean([found.effect.values for found in trained.values()], axis=0)
+    return {"prices": prices, "kinds": kinds(lasting, of_kind)}
+
+
+def survival(trained: dict[float, mi.HeadImportance], of_kind: dict[str, np.ndarray]) -> Any:
+    """Draw the probability that heads of each kind are open, along the training."""
+    figure, axes = plt.subplots(1, len(trained), figsize=(9, 3), sharey=True)
+    for ax, (price, found) in zip(axes, trained.items(), strict=True):
+        chances = found.data["open"].transpose("step", "layer", "head")
+        everything = np.ones_like(next(iter(of_kind.values())))
+        for name, own in {"all heads": everything, **of_kind}.items():
+            label = f"{name.replace('_', ' ')} ({own.sum()})"
+            style = "--" if name == "all heads" else "-"
+            ax.plot(chances["step"], chances.values[:, own].mean(1), style, label=label)
+        ax.set_title(f"an open head costs {price} nats", fontsize="medium")
+        ax.set_xlabel("steps of training")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("mean probability of being open")
+    axes[0].set_ylim(0, 1)
+    axes[-1].legend(frameon=False, fontsize="small")
+    return figure
+
+
+def kinds(lasting: np.ndarray, of_kind: dict[str, np.ndarray]) -> dict:
+    """Return whether heads of each kind last longer than all others.
+
+    ``lasting`` is a head's probability of being open, a mean over the prices.
+    """
+    found = {
+        kind: {
+            "at_least": KINDS[kind],
+            "heads": int(own.sum()),
+            "mean_open": float(lasting[own].mean()),
+            "mean_open_of_others": float(lasting[~own].mean()),
+            "p_against_other_heads": float(mannwhitneyu(lasting[own], lasting[~own]).pvalue),
+        }
+        for kind, own in of_kind.items()
+        if own.any() and not own.all()
+    }
+    adjusted = stats.holm(np.array([each["p_against_other_heads"] for each in found.values()]))
+    for each, p in zip(found.values(), adjusted, strict=True):
+        each["p_adjusted"] = float(p)
     return found
 
 

@@ -109,6 +109,34 @@ def test_what_takes_a_heads_place_comes_from_the_reference(kind):
     close(result.data["ablated"][:, 0], mi.metrics.logit_diff(logits, data.targets()))
 
 
+def test_a_prompt_is_never_resampled_by_itself():
+    """Every prompt of two gets the other one's values, whatever the seed."""
+    model = zoo.zoo("gpt2")
+    data, manager = mi.Text.from_tokens(model, tokens(2, 7)), HookManager(model)
+    other = manager.capture(data.prompts[[1, 0]], "z")
+    with manager.edit(mi.edits.Replace("z", other, layers=1, heads=2)):
+        expected = data.loss(model).mean("position")
+    for seed in range(6):
+        for reference in (None, data, data.prompts):
+            told = {"kind": "resample", "reference": reference, "seed": seed}
+            found = mi.head_ablation(model, data, heads=[(1, 2)], **told)
+            close(found.data["ablated"][:, 0], expected)
+
+
+def test_a_prompt_with_no_other_to_draw_from_is_refused_or_named():
+    model = zoo.zoo("gpt2")
+    with pytest.raises(
+        ValueError, match="takes the values of another prompt, but there is one"
+    ):
+        mi.head_ablation(model, text(model, [6]), kind="resample")
+    rows = [*tokens(3, 7).tolist(), tokens(1, 9, seed=4)[0].tolist()]
+    uneven = mi.Text.from_tokens(model, rows)
+    with pytest.warns(UserWarning, match="prompt 3 is longer than all others"):
+        found = mi.head_ablation(model, uneven, kind="resample")
+    effect = np.abs(found.effect).max(("layer", "head"))
+    assert effect[3] < 1e-5 < effect[:3].min()
+
+
 def test_a_reference_that_is_not_named_is_the_data_itself():
     model = zoo.zoo("gpt2")
     data = task(model)
@@ -275,6 +303,23 @@ def test_bad_arguments_on_text_are_said_before_the_model_runs(arguments, says, m
     monkeypatch.setattr("mechinterp.models.run.answers_once", _never)
     with pytest.raises(ValueError, match=says):
         mi.head_ablation(model, data, **arguments)
+
+
+@pytest.mark.parametrize("named", [[(0, 1.5)], [(0, 1, 2)], [[0, 1, 2]], [["0.1"]], [3]])
+def test_what_is_no_pair_of_integers_is_said(named):
+    model = zoo.zoo("gpt2")
+    with pytest.raises(TypeError, match=r"pair \(layer, head\)"):
+        mi.head_ablation(model, text(model), heads=named)
+
+
+def test_pairs_need_two_heads():
+    model = zoo.zoo("gpt2")
+    every = [(layer, head) for layer in range(3) for head in range(4)]
+    smaller = mi.prune_heads(model, every[1:])
+    with pytest.raises(ValueError, match="takes two heads, but this model has 1"):
+        mi.head_ablation(smaller, text(smaller), heads="pairs")
+    with pytest.raises(ValueError, match="that is one MLP"):
+        mi.mlp_ablation(model, text(model), mlps="layers")
 
 
 def _never(*_):

@@ -1,5 +1,6 @@
 """``mechinterp prune``: a curve, a smaller model in a folder, and wrong arguments."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,33 @@ def test_prune_shows_a_curve_and_saves_the_smaller_model(tmp_path, capsys):
     assert mi.cost(smaller).parameters < mi.cost(mi.load_model()).parameters
     assert isinstance(mi.load_result(curve), mi.PruningCurve)
     assert curve.with_suffix(".png").stat().st_size > 5000
+
+
+def test_named_heads_go_without_a_curve(tmp_path, capsys):
+    out = tmp_path / "smaller"
+    asked = ("--heads", "0.1,2.5", "--fold", "mean", "--heal", "2", "--out", str(out))
+    assert run("prune", "embedded", BOOK, *FEW, *asked) == 0
+    said = capsys.readouterr().out
+    assert "2 of 32 heads cut out" in said and "area against random" not in said
+    assert mi.pruning_of(mi.load_model(out)).heads == {0: (1,), 2: (5,)}
+
+
+def test_healing_is_told_in_the_metric_that_was_asked_for(capsys):
+    few = ("--n", "8", "--steps", "2", "--draws", "2", "--method", "random")
+    asked = ("--share", "0.2", "--heal", "2", "--metric", "accuracy")
+    assert run("prune", "embedded", "induction", *few, *asked) == 0
+    before, after = re.findall(
+        r"accuracy (\S+) -> (\S+)\.$", capsys.readouterr().out, re.M
+    ).pop()
+    assert 0 <= float(before) <= 1 and 0 <= float(after) <= 1
+
+
+def test_options_reach_the_method(tmp_path):
+    curve = tmp_path / "curve.nc"
+    asked = ("--option", "unit=token", "--option", "normalize_layers=true")
+    assert run("prune", "embedded", BOOK, *FEW, *asked, "--curve", str(curve)) == 0
+    options = mi.load_result(curve).convention.settings["options"]
+    assert options == {"unit": "token", "normalize_layers": True}
 
 
 def test_a_dry_run_says_what_it_would_cost(capsys):
@@ -91,7 +119,15 @@ def test_a_folder_of_other_things_is_refused_before_the_model_is_loaded(
         (("--share", "0.9", "--min-heads", "2"), "at most 24 can go"),
         (("--share", "0.99"), "at most 31 can go"),
         (("--share", "0.5", "--neurons", "3"), "Pass 3.1,3.2"),
-        (("--neurons", "3.1"), "Pass --share, too"),
+        (("--share", "0.5", "--neurons", "0.99999"), "neuron (0, 99999) does not exist"),
+        (("--heads", "0.99"), "head (0, 99) does not exist"),
+        (("--heads", "0.1", "--share", "0.5"), "Pass one of them"),
+        (("--heads", "0.1", "--dry-run"), "without a curve"),
+        (("--lora-rank", "4"), "Pass --heal"),
+        (("--option", "units=token"), "Did you mean 'unit'"),
+        (("--option", "orders=many"), "gives orders no int"),
+        (("--metric", "accuracy", "--dry-run"), "accuracy moves in steps"),
+        (("--steps", "0"), "steps=0 must be a whole number, at least 1"),
     ],
 )
 def test_wrong_arguments_are_one_clear_line(arguments, says, capsys):

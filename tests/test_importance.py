@@ -1,6 +1,7 @@
 """Importance of heads: six methods against plain loops, enumeration and known answers."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,16 @@ def test_the_order_begins_with_the_least_important():
     result = mi.head_importance(model, text(model))
     means = [float(result.effect.mean("prompt").sel(layer=a, head=b)) for a, b in result.order]
     assert means == sorted(means) and len(means) == 12
+
+
+def test_ties_go_by_chance_and_not_layer_by_layer():
+    model = zoo.zoo("gpt2")
+    result = mi.head_importance(model, text(model))
+    equal = replace(result, data=result.data * 0)
+    other = replace(equal, convention=replace(result.convention, seed=1))
+    every = [(layer, head) for layer in range(3) for head in range(4)]
+    assert sorted(equal.order) == sorted(other.order) == every
+    assert equal.order == equal.order != other.order != every
 
 
 # ---------------------------------------------------------------------------- Shapley
@@ -287,8 +298,9 @@ def test_redundant_heads_go_first_by_the_atlas():
         ({"method": "gradients"}, "Did you mean 'gradient'"),
         ({"unit": "examples"}, "Did you mean 'example'"),
         ({"kind": "zeros"}, "Did you mean 'zero'"),
-        ({"heads": []}, "at least one head"),
-        ({"heads": [(0, 1), (0, 1)]}, "each once"),
+        ({"heads": []}, "at least one"),
+        ({"heads": [(0, -1), (0, 3)]}, "head 0.3 is named twice"),
+        ({"method": "hard_concrete", "penalty": -1.0}, "would pay for open heads"),
         ({"heads": [(0, 9)]}, "layer 0 has heads 0..3"),
         ({"method": "shapley", "orders": 3}, "must be even"),
         ({"method": "random", "normalize_layers": True}, "gives places in an order"),

@@ -137,7 +137,7 @@ def test_bad_prompts_are_refused_before_any_run(model):
         as_prompts(zoo.zoo("gpt2"), "Mary went")
     with pytest.raises(TypeError, match="mix strings and tokens"):
         as_prompts(model, ["Mary", [5]])
-    with pytest.raises(TypeError, match="prompts are a float"):
+    with pytest.raises(TypeError, match="prompts cannot be of type float"):
         as_prompts(model, 0.5)
     with pytest.raises(TypeError, match="token input is never changed"):
         as_prompts(model, [5, 6], prepend_bos=True)

@@ -109,7 +109,7 @@ def test_the_card_says_what_was_pruned_from_what(tmp_path):
 
 
 def test_a_card_of_something_else_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(TypeError, match="texts and pictures, but got a int"):
+    with pytest.raises(TypeError, match="texts and pictures, but int is neither"):
         mi.save_model(pruned("llama"), tmp_path / "pruned", card=[3])
     assert not list(tmp_path.iterdir())
 

@@ -343,12 +343,13 @@ def test_a_pruned_model_that_differs_is_not_returned(monkeypatch):
         mi.prune_heads(model_of("gpt2"), [(0, 1)], **FOLDS["mean"])
 
 
-@pytest.mark.parametrize("data", ["task", "text", "labelled"])
+@pytest.mark.parametrize("data", ["task", "text", "labelled", "list"])
 def test_means_are_over_any_data_and_the_record_says_which(data):
     model = zoo("bert_classifier" if data == "labelled" else "llama")
     made = {
         "task": lambda: pair(model),
         "text": lambda: text(model),
+        "list": lambda: random_tokens(3, 7).tolist(),
         "labelled": lambda: mi.Labelled(
             "three", as_prompts(model, MEAN_DATA), torch.arange(3), ("a", "b", "c")
         ),

@@ -248,6 +248,12 @@ def test_heads_can_go_until_the_bound_of_the_loss_meets_the_margin():
     assert found["share"].tolist() == [0.5]
 
 
+def test_the_share_that_can_go_is_of_all_heads(model):
+    told: dict[str, Any] = {"method": "random", "steps": 2, "min_heads_per_layer": 2}
+    found = mi.pruning_curve(model, text(model), draws=2, **told).can_go(1e6)
+    assert found["heads"].tolist() == [6] and found["share"].tolist() == [0.5]
+
+
 def test_the_picture_names_each_method(curve):
     ax = curve.plot()
     said = [text.get_text() for text in ax.get_legend().get_texts()]
@@ -298,7 +304,8 @@ def test_a_plan_counts_the_cells_that_the_curve_runs(model, monkeypatch):
         ({"method": "ablations"}, "Did you mean 'ablation'"),
         ({"method": []}, "at least one method"),
         ({"method": ["gradient", "gradient"]}, "each once"),
-        ({"steps": 0}, "must be at least 1"),
+        ({"steps": 0}, "at least 1"),
+        ({"min_heads_per_layer": -1}, "min_heads_per_layer=-1 must be"),
         ({"min_heads_per_layer": 4}, "leaves nothing to prune"),
         ({"draws": 0}, "no band"),
     ],
@@ -312,6 +319,8 @@ def test_a_metric_that_moves_in_steps_is_refused_by_gradients_before_any_run(mod
     for method in ("gradient", ["ablation", "gradient"]):
         with pytest.raises(ValueError, match=r"accuracy moves in steps.*method='ablation'"):
             mi.pruning_curve(model, text(model), method=method, metric="accuracy")
+        with pytest.raises(ValueError, match="accuracy moves in steps"):
+            mi.pruning_plan(model, text(model), method=method, metric="accuracy")
 
 
 def test_data_that_ranks_does_not_judge(model):

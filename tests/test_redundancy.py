@@ -466,7 +466,7 @@ def test_an_atlas_with_interactions_comes_back_from_its_file_and_tabulates(tmp_p
         ({"queries": 0}, "queries=0 samples nothing"),
         ({"queries": 500}, "the prompts have 53 positions after their first"),
         ({"pairs": "al", "task": "task"}, "unknown choice of pairs 'al'. Did you mean 'all'"),
-        ({"pairs": "all"}, "interaction is measured on a task, but data is a Prompts"),
+        ({"pairs": "all"}, "interaction is measured on a task, but data is Prompts"),
         ({"task": "task", "kind": "meen"}, "Did you mean 'mean'"),
         ({"task": "task", "metric": "logit_dif"}, "Did you mean 'logit_diff'"),
         ({"task": "task", "metric": {"a": "loss", "b": "prob"}}, "by one metric, but a, b"),

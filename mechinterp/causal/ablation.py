@@ -8,6 +8,7 @@ Source: Michel et al. 2019, arXiv:1905.10650 (zero); Wang et al. 2022, arXiv:221
 over a reference distribution); Chan et al. 2022, "Causal Scrubbing" (resample).
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +28,7 @@ from mechinterp.engine.screening import Screened, check_screen, screened_cells
 from mechinterp.hooks import HookManager
 from mechinterp.metrics import resolve_metrics
 from mechinterp.record import Data, convention_of, source_of
-from mechinterp.tasks import Task, as_data
+from mechinterp.tasks import Prompts, Task, as_data, as_prompts
 
 KINDS = ("zero", "mean", "position_mean", "resample", "corrupted")
 MetricSpec = str | Callable | Mapping[str, str | Callable] | None
@@ -54,8 +55,9 @@ def head_ablation(
         data: A ``Task`` (measured at its answers), a ``Text`` (loss per token) or ``Labelled``
             texts (a classifier's loss).
         kind: What takes a head's place: ``"zero"``; its ``"mean"`` over all positions of the
-            reference, or its ``"position_mean"``; ``"resample"``, that of a random reference
-            prompt at the same position; ``"corrupted"``, that of the task's corrupted run.
+            reference, or its ``"position_mean"``; ``"resample"``, that of a random other
+            prompt of the reference at the same position; ``"corrupted"``, that of the task's
+            corrupted run.
         reference: Where means and resamples come from: data or prompts; ``data`` by default.
         heads: None for every head by itself; ``"pairs"`` for every two heads together;
             ``"layers"`` for all heads of each layer together; a list of pairs (layer, head),
@@ -227,6 +229,7 @@ class StandIns:
     kind: str
     source: Any = None
     seed: int = 0
+    others_only: bool = False  # resamples: of the very prompts that are run
 
     def edits(self, parts: Sequence[Part]) -> list[Edit]:
         """Return the edits that take the parts out, one per layer."""
@@ -242,7 +245,8 @@ class StandIns:
         if self.kind == "zero":
             return Zero(self.site, **where)
         if self.kind == "resample":
-            return Resample(self.site, self.source, seed=self.seed, **where)
+            told = {"seed": self.seed, "others_only": self.others_only}
+            return Resample(self.site, self.source, **told, **where)
         if self.kind == "corrupted":
             return Replace(self.site, self.source, **where)
         by_position = self.kind == "position_mean"
@@ -280,11 +284,34 @@ def stand_ins(
         return StandIns(site, kind, run_activations(model, data, "corrupted", site, layers=at))
     manager, drawn_on = HookManager(model), data if reference is None else reference
     if kind == "resample":
-        return StandIns(site, kind, manager.capture(drawn_on, site, layers=at), seed)
+        own = run_of(data, "clean").prompts
+        itself = as_prompts(model, drawn_on).rows == own.rows
+        if itself:
+            _check_others(own)
+        donors = manager.capture(drawn_on, site, layers=at)
+        return StandIns(site, kind, donors, seed, others_only=itself)
     by_position = kind == "position_mean"
     return StandIns(
         site, kind, manager.mean(drawn_on, site, layers=at, per_position=by_position)
     )
+
+
+def _check_others(prompts: Prompts) -> None:
+    """Refuse a single prompt, which could but draw itself; warn of one longer than others."""
+    lengths = prompts.lengths
+    if len(lengths) < 2:
+        raise ValueError(
+            "kind='resample' takes the values of another prompt, but there is one. Pass more "
+            "prompts, or reference= with others."
+        )
+    longest = lengths.argmax()
+    if (lengths == lengths[longest]).sum() == 1:
+        warnings.warn(
+            f"prompt {int(longest)} is longer than all others, so it has itself to draw from "
+            "when resampling, and its effect is 0. Pass reference= with longer prompts, or "
+            "leave it out.",
+            stacklevel=5,
+        )
 
 
 def captured_stand_ins(

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 from numbers import Integral
+from operator import index as as_integer
 from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
@@ -71,11 +72,18 @@ def sets_of(model: TransformerBridge, site: str, asked: Any) -> PartSets:
         every = every_part(model, site)
         return PartSets([[part] for part in every], [p.label for p in every], unit, True)
     if isinstance(asked, str):
+        if site == "mlp_out" and asked == "layers":
+            raise ValueError(
+                "'layers' takes out what a layer has together, but that is one MLP. Name none "
+                "to take out each by itself, or pass 'pairs'."
+            )
         words = ("pairs",) if site == "mlp_out" else ("pairs", "layers")
         if asked not in words:
             raise ValueError(unknown(f"choice of {unit}s", asked, words))
         every = every_part(model, site)
         if asked == "pairs":
+            if len(every) < 2:
+                raise ValueError(f"'pairs' takes two {unit}s, but this model has {len(every)}.")
             sets = [list(pair) for pair in combinations(every, 2)]
             return PartSets(sets, [_label(one) for one in sets], unit, False)
         layers = sorted({part.layer for part in every})
@@ -110,14 +118,15 @@ def part_of(model: TransformerBridge, site: str, named: Any) -> Part:
 
     Raises:
         ValueError: It does not exist.
+        TypeError: It is no part.
     """
-    layer, index = (named, None) if site == "mlp_out" else named
+    layer, index = (named, None) if site == "mlp_out" else pair_of(named, _UNIT[site])
     (at,) = resolve_layers(model, site, int(layer))
     assert at is not None
     if index is None:
         return Part(at)
     if site == "z":
-        found = resolve_heads(model, site, at, int(index))
+        found = resolve_heads(model, site, at, index)
         assert found is not None
         return Part(at, found[0])
     count = n_neurons(model, at)
@@ -125,7 +134,22 @@ def part_of(model: TransformerBridge, site: str, named: Any) -> Part:
         raise ValueError(
             f"neuron ({at}, {index}) does not exist: layer {at} has neurons 0..{count - 1}."
         )
-    return Part(at, int(index) % count)
+    return Part(at, index % count)
+
+
+def pair_of(named: Any, unit: str) -> tuple[int, int]:
+    """Return a pair of integers (layer, unit).
+
+    Raises:
+        TypeError: It is none.
+    """
+    try:
+        layer, number = named
+        return as_integer(layer), as_integer(number)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{named!r} is no pair (layer, {unit}) of integers. Pass pairs such as (3, 1)."
+        ) from None
 
 
 def _set(model: TransformerBridge, site: str, asked: Any) -> list[Part]:

@@ -65,13 +65,19 @@ def redundancy(
     """Say which heads of MODEL do the same, and in which order they could go."""
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file. Name a folder.")
+    if rows < 1:
+        raise ValueError(f"--rows {rows} shows nothing. Pass at least 1.")
     from mechinterp.heads.redundancy_distance import check_view
 
     check_view(view)  # before anything runs
 
     import mechinterp as mi
+    from mechinterp.causal.parts import every_part
 
     loaded = mi.load_model(model)
+    heads = len(every_part(loaded, "z"))
+    if clusters is not None and not 1 <= clusters <= heads:
+        raise ValueError(f"--clusters {clusters} cannot be made of {heads} heads.")
     read = load_any(data, loaded, n, seed, context)
     judge = None if task is None else load_any(task, loaded, prompts, seed, context)
     atlas = mi.redundancy_atlas(

@@ -100,7 +100,8 @@ class Resolver:
             self._layers[asked] = resolve_layers(self.model, edit.site, edit.layers)
         own, source = self._positions(edit)
         if isinstance(edit, Resample):  # its donors depend on all the positions of a prompt
-            asked_of = (id(edit.source), edit.seed, edit.site, edit.layers, id(own))
+            drawn_by = (id(edit.source), edit.seed, edit.others_only)
+            asked_of = (*drawn_by, edit.site, edit.layers, id(own))
             if asked_of not in self._drawn:
                 self._drawn[asked_of] = edit.donors([row[row >= 0].tolist() for row in own])
             edit = edit.drawn(self._drawn[asked_of])

@@ -4,6 +4,7 @@ Exact ablation, Michel's gradient in its three variants, Voita's gates, Shapley 
 redundancy atlas and chance: one call, one kind of result, larger is more important.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -123,10 +124,14 @@ def head_importance(
         )
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps={steps} and batch_size={batch_size} must be at least 1.")
+    if not penalty >= 0:
+        raise ValueError(f"penalty={penalty} would pay for open heads. Pass 0 or more.")
     every = every_part(model, "z")
     asked = every if heads is None else [part_of(model, "z", head) for head in heads]
-    if len(set(asked)) < len(asked) or not asked:
-        raise ValueError("heads must name at least one head, and each once.")
+    if not asked:
+        raise ValueError("heads is empty. Name at least one, or leave it out for all.")
+    if twice := [part.label for part, count in Counter(asked).items() if count > 1]:
+        raise ValueError(f"head {twice[0]} is named twice. Name each one once.")
     how = _How(
         model=model,
         data=measured,

@@ -60,12 +60,13 @@ class HeadImportance(Result):
     def order(self) -> list[Head]:
         """The heads, the least important first: the order in which to prune them.
 
-        Ties go by layer and head.
+        Ties go by chance, under the seed of the call.
         """
         values = self.data["importance"]
         mean = values.mean("prompt") if "prompt" in values.dims else values
         mean = mean.transpose("layer", "head")
-        flat = np.argsort(mean.values, axis=None, kind="stable")  # NaN last
+        chance = np.random.default_rng(self.convention.seed).random(mean.size)
+        flat = np.lexsort((chance, mean.values.ravel()))  # NaN last
         flat = flat[: int(np.isfinite(mean.values).sum())]
         at = np.unravel_index(flat, mean.shape)
         layers, heads = (mean[axis].values[i] for axis, i in zip(mean.dims, at, strict=True))

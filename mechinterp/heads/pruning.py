@@ -12,13 +12,14 @@ from typing import Any, cast
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+from mechinterp.causal.parts import pair_of
 from mechinterp.edits import Edit, Mean, Zero
 from mechinterp.hooks import HookManager
 from mechinterp.hooks.taps import attached, foreign_hooks
 from mechinterp.models import fingerprint, forward, processed_weights
 from mechinterp.models.pruned.anatomy import Anatomy, LayerHeads
 from mechinterp.models.pruned.copying import Removal, anatomy_of, pruned_copy
-from mechinterp.record import Data, digest
+from mechinterp.record import source_of
 from mechinterp.tasks import as_prompts
 
 Units = Mapping[int, Sequence[int]] | Iterable[tuple[int, int]]
@@ -57,9 +58,15 @@ def prune_heads(
             left in any layer, the arguments do not go together, the weights were processed,
             or this architecture's attention cannot be cut like this (which choices remain is
             said).
+        TypeError: Something in ``heads`` is no pair of integers.
         RuntimeError: The pruned model does not give the masked model's logits.
     """
     _check_arguments(model, fold, mean_data)
+    return _pruned(model, "heads", "z", checked_heads(model, heads), fold, mean_data)
+
+
+def checked_heads(model: TransformerBridge, heads: Units) -> Gone:
+    """Return the heads by layer, or raise as ``prune_heads`` does where they cannot go."""
     anatomy = anatomy_of(model)
     anatomy.check_heads()
     there = [anatomy.heads(layer) for layer in range(len(anatomy.blocks))]
@@ -72,7 +79,7 @@ def prune_heads(
         )
     for layer, names in gone.items():
         _check_groups(anatomy, layer, there[layer], names)
-    return _pruned(model, "heads", "z", gone, fold, mean_data)
+    return gone
 
 
 def prune_neurons(
@@ -98,9 +105,17 @@ def prune_neurons(
         ValueError: Before any work: a neuron is named twice or does not exist, none would be
             left in a layer, the arguments do not go together, the weights were processed, or
             this architecture's MLP cannot be cut like this.
+        TypeError: Something in ``neurons`` is no pair of integers.
         RuntimeError: The pruned model does not give the masked model's logits.
     """
     _check_arguments(model, fold, mean_data)
+    return _pruned(
+        model, "neurons", "mlp_post", checked_neurons(model, neurons), fold, mean_data
+    )
+
+
+def checked_neurons(model: TransformerBridge, neurons: Units) -> Gone:
+    """Return the neurons by layer, or raise as ``prune_neurons`` does where they cannot go."""
     anatomy = anatomy_of(model)
     anatomy.check_neurons()
     counts = {layer: anatomy.n_neurons(layer) for layer in range(len(anatomy.blocks))}
@@ -111,7 +126,7 @@ def prune_neurons(
                 f"neurons names all {counts[layer]} of layer {layer}. Leave at least one "
                 "neuron in each layer."
             )
-    return _pruned(model, "neurons", "mlp_post", gone, fold, mean_data)
+    return gone
 
 
 def _check_arguments(model: TransformerBridge, fold: str, mean_data: Any) -> None:
@@ -138,12 +153,18 @@ def _check_arguments(model: TransformerBridge, fold: str, mean_data: Any) -> Non
 
 def _grouped(units: Units, kind: str, counts: Mapping[int, int]) -> Gone:
     """Return the units by layer, in order; refuse those that do not exist or come twice."""
-    if isinstance(units, Mapping):
-        by_layer = cast(Mapping[int, Sequence[int]], units)
-        pairs = [(layer, unit) for layer, listed in by_layer.items() for unit in listed]
-    else:
-        pairs = list(units)
-    pairs = [(int(layer), int(unit)) for layer, unit in pairs]
+    try:
+        if isinstance(units, Mapping):
+            by_layer = cast(Mapping[int, Sequence[int]], units)
+            named: list[Any] = [(layer, u) for layer in by_layer for u in by_layer[layer]]
+        else:
+            named = list(units)
+    except TypeError:
+        raise TypeError(
+            f"{kind}s={units!r} lists none. Pass pairs, [(layer, {kind}), ...], or the {kind}s "
+            f"of each layer, {{layer: [{kind}, ...]}}."
+        ) from None
+    pairs = [pair_of(one, kind) for one in named]
     if not pairs:
         raise ValueError(f"{kind}s is empty. Name at least one (layer, {kind}) pair.")
     gone: Gone = {}
@@ -193,7 +214,8 @@ def _pruned(
     means = {}
     if fold == "mean":
         prompts = as_prompts(model, mean_data)
-        step |= {"mean_over": _described(mean_data, len(prompts))}
+        what = {"kind": type(mean_data).__name__, "prompts": len(prompts)}
+        step |= {"mean_over": what | source_of(model, mean_data)}
         source = HookManager(model).mean(prompts, site, layers=list(gone))
         edits = [Mean(site, source, **each) for each in where]
         for layer, names in gone.items():
@@ -201,11 +223,6 @@ def _pruned(
     pruned = pruned_copy(model, Removal(kind, gone, step, means))
     _check_equal(model, pruned, edits)
     return pruned
-
-
-def _described(data: Any, n_prompts: int) -> dict[str, Any]:
-    told = {"kind": type(data).__name__, "prompts": n_prompts}
-    return told | {"sha256": digest(data)} if isinstance(data, Data) else told
 
 
 @torch.no_grad()

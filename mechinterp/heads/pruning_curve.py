@@ -5,7 +5,9 @@ masked, not cut; ``mi.prune_heads`` cuts them.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import ceil
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ from mechinterp.heads.held_out import held_out
 from mechinterp.heads.importance import METHODS, OPTIONS, check_slope, head_importance
 from mechinterp.heads.pruning_curve_result import PruningCurve
 from mechinterp.hooks import HookManager
-from mechinterp.metrics import is_worse, resolve_metrics
+from mechinterp.metrics import Metric, is_worse, resolve_metrics
 from mechinterp.nulls import Head
 from mechinterp.record import Data, convention_of, digest, source_of
 
@@ -89,21 +91,28 @@ def pruning_curve(
 
     Source: Michel et al. 2019, arXiv:1905.10650, section 4.
     """
-    methods = _methods(method)
-    check_options(options)
-    ranking, judging = held_out(data, evaluate_on, 0.5, "pruning_curve")
-    check_answers(model, ranking)
-    check_answers(model, judging)
-    metrics = resolve_metrics(metric, ranking.metric)
+    asked = _checked(
+        model,
+        data,
+        "pruning_curve",
+        method=method,
+        steps=steps,
+        least=min_heads_per_layer,
+        evaluate_on=evaluate_on,
+        metric=metric,
+        draws=draws,
+        options=options,
+    )
+    methods, ranking, judging, metrics = (
+        asked.methods,
+        asked.ranking,
+        asked.judging,
+        asked.metrics,
+    )
+    every, counts = asked.every, asked.counts
     first = dict(list(metrics.items())[:1])
-    if "gradient" in methods:
-        check_slope(first)
     if kind == "corrupted":
         run_of(judging, "corrupted")  # raises where there is none
-    every = every_part(model, "z")
-    counts = _counts(every, steps, min_heads_per_layer)
-    if draws < 1:
-        raise ValueError(f"draws={draws} gives no band to compare with. Pass at least 1.")
     layers = sorted({part.layer for part in every})
     drawn_on = ranking if kind in ("mean", "position_mean", "resample") else None
     source = reference if reference is not None else drawn_on
@@ -127,17 +136,16 @@ def pruning_curve(
     ]
     sequences = [*orders.values(), *chance]
     sets = [one[:count] for one in sequences for count in counts[1:]]
-    judge = (
-        values
-        if kind != "corrupted"
-        else stand_ins(model, judging, kind, None, "z", layers, seed)
-    )
+    judge = replace(values, others_only=False)  # other prompts than those that rank
+    if kind == "corrupted":
+        judge = stand_ins(model, judging, kind, None, "z", layers, seed)
     cells = [Cell(judge.edits(sorted(one))) for one in sets]
     found = metrics_of_cells(model, judging, cells, on="clean", metrics=metrics, memory=memory)
     settings = {
         "methods": methods,
         "rescored": [each for each in methods if rescore and each in RESCORED],
         "min_heads_per_layer": min_heads_per_layer,
+        "heads": len(every),
         "ranked_on": {"name": ranking.name, "sha256": digest(ranking)},
         "reference": None if source is None else source_of(model, source),
         "worse": [name for name, each in metrics.items() if is_worse(name, each)],
@@ -172,6 +180,7 @@ def pruning_plan(
     rescore: bool = True,
     min_heads_per_layer: int = 0,
     evaluate_on: Any = None,
+    metric: MetricSpec = None,
     draws: int = 20,
     options: Mapping[str, Any] | None = None,
     memory: Memory = None,
@@ -190,6 +199,7 @@ def pruning_plan(
         rescore: As there.
         min_heads_per_layer: As there.
         evaluate_on: As there.
+        metric: As there.
         draws: As there.
         options: As there.
         memory: As there.
@@ -198,10 +208,19 @@ def pruning_plan(
         TypeError: As ``mi.pruning_curve``, for the arguments that both have.
         ValueError: Likewise.
     """
-    methods = _methods(method)
-    ranking, judging = held_out(data, evaluate_on, 0.5, "pruning_plan")
-    every = every_part(model, "z")
-    counts = _counts(every, steps, min_heads_per_layer)
+    asked = _checked(
+        model,
+        data,
+        "pruning_plan",
+        method=method,
+        steps=steps,
+        least=min_heads_per_layer,
+        evaluate_on=evaluate_on,
+        metric=metric,
+        draws=draws,
+        options=options,
+    )
+    ranking, judging, every, counts = asked.ranking, asked.judging, asked.every, asked.counts
     zero = StandIns("z", "zero")
     told = dict(options or {})
 
@@ -219,13 +238,13 @@ def pruning_plan(
     batches = told.get("steps", 200) * told.get("batch_size", 16) / len(ranking)
     runs = {"gradient": 3 * len(again), "hard_concrete": ceil(3 * batches), "redundancy": 2}
     ranked: list[Cell] = []
-    for each in methods:
+    for each in asked.methods:
         if each == "ablation":
             ranked += [cell for count in again for cell in alone[count:]]
         elif each == "shapley":
             ranked += sets(told.get("orders", 8), range(1, len(every) + 1))
         ranked += alone[:1] * runs.get(each, 0)
-    judged = sets(len(methods) + draws, counts[1:])
+    judged = sets(len(asked.methods) + draws, counts[1:])
     found = plan(model, judging, judged, memory=memory)
     return plan(model, ranking, ranked, memory=memory) + found if ranked else found
 
@@ -234,6 +253,46 @@ def check_options(options: Mapping[str, Any] | None) -> None:
     """Raise a ``ValueError`` where ``mi.head_importance`` has no such option of its methods."""
     for name in options or {}:
         check_option("option", name, OPTIONS)
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What a curve is of: the arguments, checked."""
+
+    methods: list[str]
+    ranking: Any
+    judging: Any
+    metrics: dict[str, Metric]
+    every: list[Part]
+    counts: list[int]
+
+
+def _checked(
+    model: TransformerBridge,
+    data: Any,
+    caller: str,
+    *,
+    method: str | Sequence[str],
+    steps: int,
+    least: int,
+    evaluate_on: Any,
+    metric: MetricSpec,
+    draws: int,
+    options: Mapping[str, Any] | None,
+) -> _Asked:
+    methods = _methods(method)
+    check_options(options)
+    ranking, judging = held_out(data, evaluate_on, 0.5, caller)
+    check_answers(model, ranking)
+    check_answers(model, judging)
+    metrics = resolve_metrics(metric, ranking.metric)
+    if "gradient" in methods:
+        check_slope(dict(list(metrics.items())[:1]))
+    every = every_part(model, "z")
+    counts = _counts(every, steps, least)
+    if draws < 1:
+        raise ValueError(f"draws={draws} gives no band to compare with. Pass at least 1.")
+    return _Asked(methods, ranking, judging, metrics, every, counts)
 
 
 def _methods(method: str | Sequence[str]) -> list[str]:
@@ -247,8 +306,9 @@ def _methods(method: str | Sequence[str]) -> list[str]:
 
 def _counts(every: Sequence[Part], steps: int, least: int) -> list[int]:
     """Return how many heads are out after each step, from none on."""
-    if least < 0 or steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1, min_heads_per_layer={least} 0.")
+    for name, number, fewest in (("steps", steps, 1), ("min_heads_per_layer", least, 0)):
+        if not isinstance(number, Integral) or number < fewest:
+            raise ValueError(f"{name}={number!r} must be a whole number, at least {fewest}.")
     per_layer = [sum(p.layer == layer for p in every) for layer in {p.layer for p in every}]
     most = sum(max(0, count - least) for count in per_layer)
     if not most:

@@ -135,7 +135,8 @@ class PruningCurve(Result):
 
         The largest number such that there, and at every smaller one, the one-sided 95 %
         bootstrap bound of the mean loss over prompts stays below ``margin`` (in the metric's
-        unit): non-inferiority at that margin. Columns: ``method``, ``heads``, ``share``.
+        unit): non-inferiority at that margin. Columns: ``method``, ``heads``, ``share`` (of
+        all heads of the model).
 
         Raises:
             ValueError: The margin is not positive.
@@ -143,7 +144,8 @@ class PruningCurve(Result):
         if not margin > 0:
             raise ValueError(f"margin={margin} must be positive, in the metric's unit.")
         effect = self._sign(metric) * self.of_metric(self.effect, metric)
-        total = int(self.data["removed"].values[-1])
+        most = int(self.data["removed"].values[-1])
+        total = self.convention.settings.get("heads", most)  # not in older files
         rows = []
         for method in self.data["ranked_by"].values.tolist():
             lost = inference.per_case(-effect.sel(ranked_by=method)).transpose(

@@ -209,7 +209,7 @@ def _judge(data: Any, task: Any, pairs: Pairs | None) -> Data | None:
         return None
     if judge is None and pairs is not None:
         raise ValueError(
-            f"interaction is measured on a task, but data is a {type(data).__name__}. Pass "
+            f"interaction is measured on a task, but data is {type(data).__name__}. Pass "
             "task=, such as mi.load_task('ioi', model), or leave pairs out."
         )
     return judge

@@ -244,8 +244,8 @@ def _as_rows(prompts: Any) -> list[list[int]]:
         if all(isinstance(row, Sequence) and all(map(_is_id, row)) for row in rows):
             return [list(row) for row in rows]
     raise TypeError(
-        f"prompts are a {type(prompts).__name__}. Pass strings, token ids (a list or an "
-        "integer tensor, [pos] or [prompt, pos]), Prompts, a Task or a Text."
+        f"prompts cannot be of type {type(prompts).__name__}. Pass strings, token ids (a list "
+        "or an integer tensor, [pos] or [prompt, pos]), Prompts, a Task or a Text."
     )
 
 

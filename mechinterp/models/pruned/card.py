@@ -58,8 +58,8 @@ def _part(part: Any) -> str | Figure:
     axes = part if isinstance(part, Axes) else getattr(part, "plot", lambda: None)()
     if not isinstance(axes, Axes):
         raise TypeError(
-            f"a model card shows texts and pictures, but got a {type(part).__name__}. Pass "
-            "Markdown text, a result, or a matplotlib figure or axes."
+            f"a model card shows texts and pictures, but {type(part).__name__} is neither. "
+            "Pass Markdown text, a result, or a matplotlib figure or axes."
         )
     figure = axes.get_figure(root=True)
     assert figure is not None
