@@ -133,7 +133,7 @@ def test_a_prompt_with_no_other_to_draw_from_is_refused_or_named():
     uneven = mi.Text.from_tokens(model, rows)
     with pytest.warns(UserWarning, match="prompt 3 is longer than all others"):
         found = mi.head_ablation(model, uneven, kind="resample")
-    effect = np.abs(found.effect).max(("layer", "head"))
+    effect = abs(found.effect).max(("layer", "head"))
     assert effect[3] < 1e-5 < effect[:3].min()
 
 
