@@ -100,6 +100,15 @@ def test_the_seconds_by_onednn_are_what_the_script_measured():
         assert f"{row['onednn']:.1f} s instead of {row['mkl']:.1f} s" in " ".join(told.split())
 
 
+def test_the_seconds_of_head_ablation_are_what_the_script_measured():
+    [told] = re.findall(r"^Head ablation there.*?\n\n", TEXT, re.M | re.S)
+    found = measured("bench_ablation")
+    rows = [row for kind in ("single heads", "greedy") for row in found[kind]["rows"]]
+    assert len(rows) == 7
+    assert f"all {rows[0]['cells']} heads" in told and f"{rows[0]['prompts']} prompts" in told
+    assert all(f"{row['seconds']:.0f} s" in told for row in rows)
+
+
 def test_the_kills_are_those_that_the_script_counted():
     found = measured("sweep_killing")
     assert f"{found['kills']} times at random" in TEXT
